@@ -1,0 +1,385 @@
+"""The values of a run and of a study: every key with its type, unit, bound and the paper's value.
+
+The values themselves live in `params/`; `config` composes the files and validates them against these classes.
+"Paper" is MEML-GRPO, arXiv 2508.09670.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """A frozen group of values; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+# --- task -------------------------------------------------------------------------------------------------------------
+
+
+class WordProblemsParams(Section):
+    """Generated multi-step arithmetic stories: the embedded default."""
+
+    name: Literal["wordproblems"]
+    train_questions: PositiveInt
+    validation_questions: PositiveInt
+    test_questions: PositiveInt
+    min_operations: Annotated[int, Field(ge=1, le=4)]
+    """Fewest events of a story; its difficulty is its number of events."""
+    max_operations: Annotated[int, Field(ge=1, le=4)]
+    largest_number: Annotated[int, Field(ge=20, le=1000)]
+    """No number in a story or in its solution exceeds this."""
+    world_seed: NonNegativeInt
+    """Seed of the questions; apart from the run's seed, so that all runs answer the same questions."""
+
+    @model_validator(mode="after")
+    def _ordered(self):
+        if self.min_operations > self.max_operations:
+            raise ValueError(f"min_operations={self.min_operations} must be <= max_operations={self.max_operations}")
+        return self
+
+
+class ReleasedParams(Section):
+    """A public data set, from its released files (under MEML_DATA_DIR) or from the hub."""
+
+    name: Literal["gsm8k", "mathqa", "strategyqa"]
+    source: Literal["auto", "files", "hub"]
+    """auto: files where MEML_DATA_DIR is set, else the hub."""
+    train_questions: PositiveInt | None
+    """At most this many training questions, drawn with split_seed; null: all."""
+    validation_questions: PositiveInt
+    """Held out of the released training questions."""
+    split_seed: NonNegativeInt
+
+
+class JsonlParams(Section):
+    """A user's own questions: one JSON object a line, {id?, question, answer, rationale?, split?, difficulty?}."""
+
+    name: Literal["jsonl"]
+    path: Text
+    answer: Literal["number", "letter", "yes_no", "text"]
+    """How an answer is read and compared."""
+    validation_share: Share
+    """Of the lines that name no split."""
+    test_share: Share
+    split_seed: NonNegativeInt
+
+
+TaskParams = Annotated[WordProblemsParams | ReleasedParams | JsonlParams, Field(discriminator="name")]
+
+
+# --- experts ----------------------------------------------------------------------------------------------------------
+
+
+class DerivedTeacher(Section):
+    """A teacher whose answers the task writes itself, out of its own gold solutions."""
+
+    kind: Literal["derived"]
+    style: Text
+    """One of the task's styles, e.g. equations, story, groups (wordproblems); gold, equations, program (gsm8k)."""
+    mistaken_on: Text | None = None
+    """Kind of event that this teacher gets wrong (wordproblems only); null: never wrong."""
+    mistaken_share: Share = 1.0
+    """Share of the questions with such an event in which it makes its mistake."""
+
+
+class TableTeacher(Section):
+    """A teacher whose answers stand in a table (parquet, CSV or JSONL with question_id, expert, text)."""
+
+    kind: Literal["table"]
+    path: Text
+    column_value: Text
+    """The value of the table's `expert` column that marks this teacher's rows."""
+
+
+class ExpertParams(Section):
+    """A system prompt and the teacher whose answers it is trained on."""
+
+    system: Text
+    """System prompt. Paper: "You are Expert i, ..." (only paraphrases are known)."""
+    teacher: Annotated[DerivedTeacher | TableTeacher, Field(discriminator="kind")]
+
+
+class ExpertsParams(Section):
+    """The panel: which experts answer, in which order."""
+
+    panel: Annotated[tuple[Text, ...], Field(min_length=1)]
+    """Names; this order is axis E everywhere. Paper: N = 3."""
+    known: dict[str, ExpertParams]
+
+    @model_validator(mode="after")
+    def _panel_is_known(self):
+        for name in self.panel:
+            if name not in self.known:
+                raise ValueError(f"panel names {name!r}, which experts.known lacks; it has {sorted(self.known)}")
+        if len(set(self.panel)) < len(self.panel):
+            raise ValueError(f"panel={list(self.panel)} names an expert twice")
+        return self
+
+
+# --- model ------------------------------------------------------------------------------------------------------------
+
+
+class LoraParams(Section):
+    """Low-rank adapters (peft) instead of full fine-tuning."""
+
+    rank: PositiveInt
+    alpha: PositiveFloat
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+
+
+class _Model(Section):
+    dtype: Literal["float32", "bfloat16"]
+    """Of the weights and of all passes."""
+    lora: LoraParams | None = None
+    """null: full fine-tuning."""
+
+
+class ScratchModelParams(_Model):
+    """A Llama-shaped model trained from scratch, with a word-level tokenizer of its own."""
+
+    source: Literal["scratch"]
+    hidden_size: PositiveInt
+    layers: PositiveInt
+    heads: PositiveInt
+    mlp_size: PositiveInt
+    max_positions: PositiveInt
+    """Longest prompt + answer, in tokens."""
+
+
+class HubModelParams(_Model):
+    """A hub name or a local folder, as transformers saves them."""
+
+    source: Literal["hub"]
+    path: Text
+
+
+class GgufModelParams(_Model):
+    """A GGUF file, dequantised on loading. `package:NAME` finds the file inside an installed Python package."""
+
+    source: Literal["gguf"]
+    path: Text
+
+
+ModelParams = Annotated[ScratchModelParams | HubModelParams | GgufModelParams, Field(discriminator="source")]
+
+
+# --- sampling, optimiser ----------------------------------------------------------------------------------------------
+
+
+class SamplingParams(Section):
+    """How a training rollout is drawn."""
+
+    temperature: PositiveFloat | None
+    """null: greedy. Paper: not given."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None
+    """Nucleus; null: off. Paper: not given."""
+    max_answer_tokens: PositiveInt
+    """An answer that has not ended by then is truncated. Paper: not given."""
+    rows_per_batch: PositiveInt
+    """Rollouts that are decoded side by side; bounds memory, changes no draw."""
+
+
+class OptimizerParams(Section):
+    """One optimiser and its learning-rate schedule."""
+
+    name: Literal["adamw", "muon"]
+    """muon: torch.optim.Muon for the hidden matrices, AdamW for embeddings, norms and biases."""
+    lr: PositiveFloat
+    weight_decay: NonNegativeFloat
+    warmup_steps: NonNegativeInt
+    decay: Literal["constant", "linear", "cosine"]
+    """After the warm-up, down to 0 at the last step ("constant": none)."""
+    max_grad_norm: PositiveFloat | None
+    """Global norm to which gradients are clipped; null: off."""
+
+
+# --- stage 1 ----------------------------------------------------------------------------------------------------------
+
+
+class MefParams(Section):
+    """Stage 1, multi-expert supervised fine-tuning (eq. 4)."""
+
+    keep: Literal["all", "right"]
+    """Which teachers' answers are trained on. Eq. 4 as printed keeps wrong ones: all."""
+    epochs: PositiveFloat | None
+    """Passes over the teachers' answers. Exactly one of epochs and steps. Paper: 1 epoch."""
+    steps: PositiveInt | None
+    answers_per_step: PositiveInt
+    """Batch size. Paper: not given (sibling paper: 32)."""
+    optimizer: OptimizerParams
+    validate_every: PositiveInt | None
+    """Steps between validations; null: none."""
+    patience: PositiveInt | None
+    """Stop after this many validations without a better loss, and keep the best weights; null: off."""
+
+    @model_validator(mode="after")
+    def _one_length(self):
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError(f"give exactly one of epochs={self.epochs} and steps={self.steps}; set the other to null")
+        return self
+
+
+# --- stage 2 ----------------------------------------------------------------------------------------------------------
+
+Divisor = Literal["constant", "answer", "tokens"]
+
+
+class GrpoParams(Section):
+    """Policy gradient on each expert's own rollouts (eq. 5, 6); GRPO and Dr.GRPO are other values of it."""
+
+    weight: NonNegativeFloat
+    advantage: Literal["positive", "signed"]
+    """positive: max(A, 0), eq. 6. signed: GRPO and Dr.GRPO."""
+    scale: Literal["none", "std"]
+    """none: reward - mean, eq. 5. std: that over the group's standard deviation (GRPO)."""
+    divide_by: Divisor
+    """constant: rows x max answer tokens (MEML, Dr.GRPO). answer: rows x each answer's tokens (GRPO)."""
+
+
+class MutualParams(Section):
+    """The worst expert learns the best expert's right rollouts (eq. 7-9)."""
+
+    weight: NonNegativeFloat
+    """lambda1. Paper: not given."""
+    form: Literal["forward_kl", "token_kl", "k2", "literal"]
+    """forward_kl: eq. 9 with the usable sign, best expert detached. literal: as printed (expected to fail)."""
+    divide_by: Divisor
+    """tokens: the step's mutual-learning tokens, so that lambda1 is per token."""
+
+
+class BufferSftParams(Section):
+    """Hard-example buffer: questions that stay wrong trigger a supervised step on ground truth."""
+
+    weight: NonNegativeFloat
+    """lambda2. Paper: not given."""
+    capacity: PositiveInt
+    """Examples that fill the buffer and trigger the supervised step. Paper: B = 64."""
+    wrong_over: NonNegativeInt
+    """An expert with MORE wrong rollouts than this offers the question; kept with chance wrong_over / G. Paper: K = 6 of G = 8."""
+    update: Literal["own_step", "in_sum"]
+    """own_step: an optimiser step of its own after the rollouts' step. in_sum: a part of eq. 10's sum. Paper: not given."""
+    divide_by: Divisor
+
+
+class ObjectiveParams(Section):
+    """Eq. 10: loss name -> weight and options; null leaves the loss out."""
+
+    grpo: GrpoParams | None
+    mutual: MutualParams | None
+    buffer_sft: BufferSftParams | None
+
+
+class RielParams(Section):
+    """Stage 2, reinforcement learning in which experts learn from each other."""
+
+    steps: PositiveInt
+    questions_per_step: PositiveInt
+    """Over all processes. Paper: not given (sibling paper: 8)."""
+    rollouts_per_expert: Annotated[int, Field(ge=2)]
+    """G, for each question and expert. Paper: 8."""
+    optimizer: OptimizerParams
+    objective: ObjectiveParams
+    validate_every: PositiveInt | None
+    """Steps between validations; null: none."""
+    patience: PositiveInt | None
+    """Stop after this many validations without a better mean accuracy, and keep the best weights; null: off."""
+
+    @model_validator(mode="after")
+    def _buffer_can_fill(self):
+        sft, group = self.objective.buffer_sft, self.rollouts_per_expert
+        if sft is not None and not sft.wrong_over < group:
+            raise ValueError(f"objective.buffer_sft.wrong_over={sft.wrong_over} must be < rollouts_per_expert={group}")
+        return self
+
+
+# --- evaluation, hardware, run ----------------------------------------------------------------------------------------
+
+
+class EvaluateParams(Section):
+    """What is measured after each stage."""
+
+    validation_questions: PositiveInt
+    """For choosing anything: the best expert, early stopping, learning rates."""
+    test_questions: PositiveInt | None
+    """null: all."""
+    samples_per_expert: NonNegativeInt
+    """Sampled answers for pass@k, at the training temperature; 0 leaves pass@k out."""
+
+
+class HardwareParams(Section):
+    """Where and how the work runs; changes no update."""
+
+    device: Literal["auto", "cpu", "cuda"]
+    threads: PositiveInt | None
+    """CPU threads of one process; null: torch's own choice."""
+    processes: PositiveInt
+    """1 trains in process; more by accelerate."""
+    accelerate_config: Text | None = None
+    """An accelerate config file (FSDP, several machines); null: plain data parallel."""
+    micro_batch_tokens: PositiveInt
+    """Tokens, padding included, of one forward and backward pass."""
+
+
+class RunParams(Section):
+    """All values of one run: one arm, one seed."""
+
+    task: TaskParams
+    experts: ExpertsParams
+    model: ModelParams
+    sampling: SamplingParams
+    mef: MefParams
+    riel: RielParams
+    evaluate: EvaluateParams
+    hardware: HardwareParams
+    seed: NonNegativeInt
+
+
+class ArmParams(Section):
+    """One training configuration of a study: a few values that differ from the study's run file."""
+
+    label: Text
+    """As tables and figures name it."""
+    overrides: dict[str, object] = {}
+    """Dotted key -> value, e.g. riel.objective.mutual: null."""
+
+
+class StudyParams(Section):
+    """Arms x seeds over one run file, and the report on them."""
+
+    title: Text
+    run: Text
+    """The run file, relative to params/."""
+    overrides: dict[str, object] = {}
+    """Dotted key -> value, for all arms."""
+    seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
+    arms: Annotated[dict[str, ArmParams], Field(min_length=1)]
+    compare: tuple[tuple[str, str], ...] = ()
+    """Pairs (arm, baseline arm) whose difference the report states; decided before the study runs."""
+    notes: str = ""
+    """What the study does and does not show, in Markdown; stands in the report."""
+
+    @model_validator(mode="after")
+    def _pairs_are_arms(self):
+        for name in (name for pair in self.compare for name in pair):
+            if name not in self.arms:
+                raise ValueError(f"compare names {name!r}, which is no arm; the arms are {list(self.arms)}")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds={list(self.seeds)} holds a seed twice")
+        return self
