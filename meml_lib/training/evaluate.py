@@ -1,0 +1,91 @@
+"""What a policy can do: greedy answers of every expert, and samples for pass@k. The only opener of the test split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from meml_lib.experts import Expert
+from meml_lib.schema import RunParams, SamplingParams
+from meml_lib.tasks import Question, Task
+from meml_lib.training.ask import ask
+from meml_lib.training.policy import Policy
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def questions_of(p: RunParams, task: Task, split: Literal["validation", "test"]) -> list[Question]:
+    """The first `evaluate.SPLIT_questions` questions of the split (null: all); the same for every run.
+
+    Raises: ValueError if the split holds fewer.
+    """
+    questions = task.questions(split)
+    wanted = getattr(p.evaluate, f"{split}_questions")
+    if wanted is not None and wanted > len(questions):
+        raise ValueError(f"evaluate.{split}_questions={wanted} exceeds the {len(questions)} questions of {task.name}")
+    return questions[:wanted]
+
+
+def answers(
+    policy: Policy,
+    task: Task,
+    panel: Sequence[Expert],
+    questions: Sequence[Question],
+    sampling: SamplingParams,
+    accelerator: Accelerator,
+    *,
+    rollouts: int,
+    seed: int,
+) -> pd.DataFrame:
+    """Ask every expert every question; each process asks its share.
+
+    Args: sampling: temperature None for greedy. rollouts: answers per expert and question. seed: of the draws.
+    Returns: the answers table, with `tokens` and `ended`, in (question, expert, sample) order.
+    """
+    import pandas as pd
+
+    share = list(questions)[accelerator.process_index :: accelerator.num_processes]
+    rows = ask(policy, task, panel, share, sampling, rollouts=rollouts, key=(seed, "evaluate")).rows if share else []
+    table = pd.DataFrame(gather_object(rows)).astype({"correct": "boolean"})
+    place = {question.id: i for i, question in enumerate(questions)}
+    seat = {expert.name: i for i, expert in enumerate(panel)}
+    order = table.assign(question_id=table.question_id.map(place), expert=table.expert.map(seat))
+    return table.loc[order.sort_values(["question_id", "expert", "sample"]).index].reset_index(drop=True)
+
+
+def question_table(questions: Sequence[Question]) -> pd.DataFrame:
+    """question_id, text, gold, difficulty."""
+    import pandas as pd
+
+    columns = ["question_id", "text", "gold", "difficulty"]
+    return pd.DataFrame([(q.id, q.text, q.gold, q.difficulty) for q in questions], columns=columns)
+
+
+def measure(p: RunParams, policy: Policy, task: Task, panel: Sequence[Expert], accelerator: Accelerator) -> dict:
+    """The tables that a stage leaves behind: validation_greedy, test_greedy, test_sampled and their questions."""
+    greedy = p.sampling.model_copy(update={"temperature": None})
+    tables = {}
+    for split in ("validation", "test"):
+        questions = questions_of(p, task, split)
+        tables[f"{split}_questions"] = question_table(questions)
+        tables[f"{split}_greedy"] = answers(
+            policy, task, panel, questions, greedy, accelerator, rollouts=1, seed=p.seed
+        )
+    if p.evaluate.samples_per_expert:
+        tables["test_sampled"] = answers(
+            policy, task, panel, questions, p.sampling, accelerator, rollouts=p.evaluate.samples_per_expert, seed=p.seed
+        )
+    return tables
+
+
+def accuracy(table: pd.DataFrame) -> dict[str, float]:
+    """Share right, over all experts and by expert; unreadable counts as wrong."""
+    right = table.assign(correct=table.correct.fillna(False).astype(float))
+    by_expert = right.groupby("expert", sort=False).correct.mean()
+    return {"validation_accuracy": right.correct.mean()} | {
+        f"validation_accuracy/{expert}": share for expert, share in by_expert.items()
+    }

@@ -1,0 +1,187 @@
+"""One update: the parts of the objective, in micro-batches, over all processes, to one optimiser step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from meml_lib.schema import OptimizerParams
+from meml_lib.training.losses import Part, WeighedRow, nll, token_weights
+from meml_lib.training.policy import Policy, Row
+
+
+class Learner:
+    """The optimiser's side of a policy.
+
+    Args:
+      policy: what is trained.
+      params: optimiser and learning-rate schedule.
+      steps: length of the schedule, in steps.
+      max_answer_tokens: the constant of divide_by "constant".
+      micro_batch_tokens: tokens, padding included, of one forward and backward pass.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        accelerator: Accelerator,
+        params: OptimizerParams,
+        *,
+        steps: int,
+        max_answer_tokens: int,
+        micro_batch_tokens: int,
+    ):
+        self.policy, self.accelerator, self.params = policy, accelerator, params
+        self.max_answer_tokens, self.micro_batch_tokens = max_answer_tokens, micro_batch_tokens
+        self.model = accelerator.prepare_model(policy.model)
+        self._named = [(n, p) for n, p in policy.model.named_parameters() if p.requires_grad]
+        # A bfloat16 weight keeps 8 bits: an update of 1e-5 on a weight of 0.05 would round away. The optimiser
+        # therefore works on float32 copies, which are rounded into the weights after each step.
+        self._masters = [p.detach().float() if p.dtype != torch.float32 else p for _, p in self._named]
+        self._optimizers = _optimizers(params, [n for n, _ in self._named], self._masters)
+        self._schedules = [
+            torch.optim.lr_scheduler.LambdaLR(o, lambda step: schedule(step, params, steps)) for o in self._optimizers
+        ]
+
+    @property
+    def lr(self) -> float:
+        """Of the step to come."""
+        return self._schedules[0].get_last_lr()[0]
+
+    def update(self, parts: Sequence[Part], *, advance: bool = True) -> dict[str, float]:
+        """Minimise sum over parts of weight * loss (eq. 10) by one optimiser step.
+
+        The update depends neither on micro-batch size nor on the number of processes: each row's weight is fixed over
+        the whole step before anything is split. Without a single row that counts, the weights stay as they are.
+
+        Args:
+          parts: this process's rows of each part; all processes name the same parts in the same order.
+          advance: move the learning-rate schedule (False for a step between two steps of the schedule).
+        Returns: "loss" and "loss/NAME" (unweighted, nats), "rows/NAME" (rows that count, all processes), "grad_norm"
+          before clipping.
+        Raises: FloatingPointError if the gradient is not finite; the weights are left as they were.
+        """
+        weighed = [self._weigh(part) for part in parts]
+        batches = [
+            (i, part.formula, [rows[n] for n in batch], weight_N[batch])
+            for i, (part, (rows, weight_N)) in enumerate(zip(parts, weighed, strict=True))
+            if part.weight > 0
+            for batch in micro_batches([r.row.tokens for r in rows], self.micro_batch_tokens)
+        ]
+        most = int(self._over_processes([len(batches)], "max")[0])
+        # Collective passes need the same number everywhere: a process that is done adds passes with weight 0.
+        batches += [self._idle()] * (most - len(batches))
+        self.model.train()
+        losses = torch.zeros(len(parts), device=self.accelerator.device)
+        for k, (i, formula, rows, weight_N) in enumerate(batches, start=1):
+            with self.accelerator.no_sync(self.model) if k < most else nullcontext():
+                loss = formula(self.policy, self.model, rows, weight_N)
+                # DDP averages gradients over processes, while row weights already hold the global denominator.
+                self.accelerator.backward(loss * parts[i].weight * self.accelerator.num_processes)
+            losses[i] += loss.detach()
+        grad_norm = self._step() if most else 0.0
+        if advance:
+            for schedule_ in self._schedules:
+                schedule_.step()
+        losses = self._over_processes(losses.tolist())
+        counts = self._over_processes([len(rows) for rows, _ in weighed])
+        record = {"loss": sum(part.weight * loss for part, loss in zip(parts, losses, strict=True))}
+        for part, loss, count in zip(parts, losses, counts, strict=True):
+            record |= {f"loss/{part.name}": loss, f"rows/{part.name}": int(count)}
+        return record | {"grad_norm": grad_norm}
+
+    def _weigh(self, part: Part) -> tuple[list[WeighedRow], Tensor]:
+        """Fix each row's weight over the whole step, then drop the rows that count 0."""
+        count_N = torch.tensor([r.count for r in part.rows])
+        tokens_N = torch.tensor([len(r.row.answer) for r in part.rows])
+        total_rows, total_tokens = self._over_processes([len(part.rows), int(tokens_N.sum())])
+        weight_N = token_weights(
+            count_N,
+            tokens_N,
+            divide_by=part.divide_by,
+            total_rows=int(total_rows),
+            total_tokens=int(total_tokens),
+            max_answer_tokens=self.max_answer_tokens,
+        )
+        kept = count_N.nonzero()[:, 0].tolist()
+        return [part.rows[n] for n in kept], weight_N[kept].to(self.accelerator.device)
+
+    def _idle(self):
+        end = (self.policy.answer_end_id,)
+        return 0, nll, [WeighedRow(Row(end, end), 0.0)], torch.zeros(1, device=self.accelerator.device)
+
+    def _over_processes(self, values: list[float], how: str = "sum") -> list[float]:
+        if self.accelerator.num_processes == 1:
+            return values
+        gathered = self.accelerator.gather(torch.tensor([values], dtype=torch.float64, device=self.accelerator.device))
+        return (gathered.sum(0) if how == "sum" else gathered.amax(0)).tolist()
+
+    def _step(self) -> float:
+        parameters = [p for _, p in self._named]
+        for parameter, master in zip(parameters, self._masters, strict=True):
+            if master is not parameter:
+                master.grad = None if parameter.grad is None else parameter.grad.float()
+                parameter.grad = None
+        limit = self.params.max_grad_norm
+        grad_norm = torch.nn.utils.clip_grad_norm_(self._masters, float("inf") if limit is None else limit).item()
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(f"gradient norm is {grad_norm}; no step was taken. Try a lower lr or float32")
+        for optimizer in self._optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            for parameter, master in zip(parameters, self._masters, strict=True):
+                if master is not parameter:
+                    parameter.copy_(master)
+        return grad_norm
+
+
+def micro_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Split rows into batches of similar length whose padded size stays within a token budget.
+
+    Args:
+      lengths: tokens of each row. budget: most tokens of a batch, padding included; a longer row stands alone.
+    Yields: row numbers, longest rows first; each row once.
+
+    >>> list(micro_batches([3, 9, 4, 4], budget=12))
+    [[1], [2, 3, 0]]
+    """
+    batch: list[int] = []
+    for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
+        if batch and lengths[batch[0]] * (len(batch) + 1) > budget:
+            yield batch
+            batch = []
+        batch.append(n)
+    if batch:
+        yield batch
+
+
+def schedule(step: int, params: OptimizerParams, steps: int) -> float:
+    """Share of the learning rate at a step: a linear warm-up, then constant, linear or cosine to 0 at `steps`."""
+    if step < params.warmup_steps:
+        return (step + 1) / (params.warmup_steps + 1)
+    done = min(1.0, (step - params.warmup_steps) / max(1, steps - params.warmup_steps))
+    return {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[params.decay]
+
+
+def _optimizers(params: OptimizerParams, names: Sequence[str], tensors: Sequence[Tensor]) -> list[torch.optim.Optimizer]:
+    """AdamW for all, or Muon for the hidden matrices and AdamW for the rest."""
+    outer = ("embed", "lm_head", "wte", "wpe")
+    hidden = [
+        t.ndim == 2 and params.name == "muon" and not any(word in name for word in outer)
+        for name, t in zip(names, tensors, strict=True)
+    ]
+    matrices = [t for t, is_hidden in zip(tensors, hidden, strict=True) if is_hidden]
+    rest = [t for t, is_hidden in zip(tensors, hidden, strict=True) if not is_hidden]
+    options = {"lr": params.lr, "weight_decay": params.weight_decay}
+    optimizers: list[torch.optim.Optimizer] = []
+    if rest:
+        optimizers.append(torch.optim.AdamW(rest, betas=(0.9, 0.95), **options))
+    if matrices:  # scaled so that one learning rate serves both
+        optimizers.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **options))
+    return optimizers
