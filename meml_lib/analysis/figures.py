@@ -1,0 +1,398 @@
+"""Pictures: one style, a colour-blind safe palette, and the numbers behind each.
+
+A function returns a `Picture`, which a notebook shows as it stands and `save` writes as PDF, PNG and CSV. Names (experts,
+arms) keep colour, marker and line by their place in `order`; give the whole list where a picture shows only some of
+them. Marker, line and hatch differ too, so that a picture reads in grey. Shares are drawn in percent.
+matplotlib is imported on the first picture; pyplot, which keeps figures alive, is not used.
+"""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from meml_lib.analysis import overlap
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette without yellow (too faint on white); black stands for "all together".
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+MARKERS, LINES, HATCHES = "osD^vPX", ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 3))), ("", "//", "..")
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E4E4E4",
+    "axes.axisbelow": True,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "hatch.linewidth": 0.6,
+    "pdf.fonttype": 42,
+}
+
+
+class Look(NamedTuple):
+    color: str
+    marker: str
+    linestyle: object
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure and the table of the numbers that it shows."""
+
+    figure: Figure
+    data: pd.DataFrame
+
+    def png(self, dpi: int = 110) -> bytes:
+        buffer = io.BytesIO()
+        with _style():
+            self.figure.savefig(buffer, format="png", dpi=dpi)
+        return buffer.getvalue()
+
+    def _repr_png_(self) -> bytes:
+        return self.png()
+
+
+def save(picture: Picture, stem: Path | str) -> Path:
+    """Write STEM.pdf, STEM.png and STEM.csv (the numbers); the PNG's path. The same picture gives the same bytes."""
+    stem = Path(stem)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    with _style():
+        picture.figure.savefig(stem.with_suffix(".pdf"), metadata={"CreationDate": None})
+    stem.with_suffix(".png").write_bytes(picture.png(dpi=150))
+    picture.data.to_csv(stem.with_suffix(".csv"), index=False)
+    return stem.with_suffix(".png")
+
+
+def looks(names: Sequence[str], order: Sequence[str] | None = None) -> dict[str, Look]:
+    """Colour, marker and line of each name, by its place in `order` (default: in names); they repeat after seven."""
+    places = {name: place for place, name in enumerate(dict.fromkeys([*(order or ()), *names]))}
+    return {
+        name: Look(COLOURS[places[name] % 7], MARKERS[places[name] % 7], LINES[places[name] % 7]) for name in names
+    }
+
+
+# --- who errs where ---------------------------------------------------------------------------------------------------
+
+
+def error_overlap(answers: pd.DataFrame, *, title: str = "Error overlap", note: str = "", largest: int = 16) -> Picture:
+    """Pairwise intersection over union of the error sets, and how many questions each exact set of experts gets wrong.
+
+    `largest`: at most this many sets are drawn; the data holds all.
+    """
+    pairs, everyone = overlap.pairwise_overlap(answers), overlap.overlap_all(answers)
+    sizes = overlap.wrong_together(answers)
+    experts, shown = list(pairs.columns), sizes.head(largest)
+    right = overlap.accuracy(answers).set_index("expert")["share"]
+    with _figure(8.4 + 0.25 * max(0, len(shown) - 8), 3.9, note or _count_note(everyone.questions)) as figure:
+        widths, heights = [1, 0.9 + 0.09 * len(shown)], [2.4, 0.35 + 0.2 * len(experts)]
+        grid = figure.add_gridspec(2, 2, width_ratios=widths, height_ratios=heights)
+        _heatmap(figure.add_subplot(grid[:, 0]), pairs, "Blues", 0, 1)
+        figure.axes[0].set_title("Errors shared by two (intersection / union)")
+        figure.axes[0].set_anchor("N")
+        bars, dots = figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, 1])
+        places = np.arange(len(shown))
+        wrong = shown[experts].to_numpy()
+        all_or_none = [("#7F7F7F" if row.any() and not row.all() else "#222222") for row in wrong]
+        drawn = bars.bar(places, shown["questions"], color=all_or_none, width=0.72)
+        bars.bar_label(drawn, fontsize=8, padding=1)
+        bars.set(ylabel="questions", xticks=[], xlim=(-0.6, len(shown) - 0.4))
+        bars.grid(axis="x", visible=False)
+        bars.margins(y=0.12)
+        bars.set_title("Questions wrong for exactly these")
+        for place, row in enumerate(wrong):
+            members = np.flatnonzero(row)
+            dots.plot([place] * len(experts), range(len(experts)), "o", color="#DDDDDD", markersize=5)
+            dots.plot([place] * len(members), members, "o-", color="#222222", markersize=5, linewidth=1)
+        names = [f"{name} ({_percent(1 - right[name])} wrong)" for name in experts]
+        dots.set(yticks=range(len(experts)), yticklabels=names, xticks=[], xlim=bars.get_xlim())
+        dots.set_ylim(len(experts) - 0.5, -0.5)
+        dots.grid(visible=False)
+        dots.spines[:].set_visible(False)
+        dots.tick_params(length=0, labelsize=8)
+        both = f"all {len(experts)} wrong: {_percent(everyone.iou)} of union, {_percent(everyone.all_wrong_share)} of all"
+        figure.suptitle(f"{title} ({both})", x=0.01, ha="left", fontsize=10.5)
+    return Picture(figure, sizes)
+
+
+def phi(answers: pd.DataFrame, *, title: str = "Correlation of being right (phi)", note: str = "") -> Picture:
+    """Heatmap of the phi coefficient of each two experts; empty where one is always or never right."""
+    matrix = overlap.phi(answers)
+    count = answers["question_id"].nunique()
+    with _figure(4.2, 3.7, note or _count_note(count)) as figure:
+        _heatmap(figure.subplots(), matrix, "PuOr", -1, 1)
+        figure.axes[0].set_title(title)
+    return Picture(figure, matrix.rename_axis("expert").reset_index())
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def curves(metrics: pd.DataFrame, *, order: Sequence[str] | None = None, title: str = "", note: str = "") -> Picture:
+    """How a stage went, from its metrics: raw values faint, a running mean of 5 % of the steps over them.
+
+    Stage 1: loss, validation. Stage 2: reward, all-wrong / mixed / all-right groups, losses, buffer, entropy, validation.
+    """
+    riel = "reward" in metrics
+    prefix = "reward/" if riel else "validation_accuracy/"
+    experts = [column.removeprefix(prefix) for column in metrics if column.startswith(prefix)]
+    style, alone = looks(experts, order), Look("black", "", "-")
+    validated = any(column.startswith("validation_accuracy") and metrics[column].notna().any() for column in metrics)
+    note = note or f"{len(metrics)} steps, one seed; faint: each step; bold: running mean of {_window(metrics)} steps"
+    with _figure(9.6, 5.4 if riel else 2.9, note) as figure:
+        panels = iter(figure.subplots(2, 3).flat if riel else figure.subplots(1, 1 + validated, squeeze=False).flat)
+        if riel:
+            axes = _panel(next(panels), "Reward", "mean reward (0 to 1)")
+            for name in experts:
+                _smooth(axes, metrics, f"reward/{name}", name, style[name])
+            _smooth(axes, metrics, "reward", "all", alone)
+            axes.set_ylim(0, 1)
+            _groups(_panel(next(panels), "Groups of rollouts", "% of (question, expert)"), metrics)
+            axes = _panel(next(panels), "Losses, before their weights", "nats per token")
+            names = [column for column in metrics if column.startswith("loss/") and metrics[column].notna().any()]
+            for name, look in looks([name.removeprefix("loss/") for name in names]).items():
+                trained = metrics[metrics[f"rows/{name}"] > 0]  # a step without rows has no loss
+                _smooth(axes, trained, f"loss/{name}", name, look)
+            _buffer(_panel(next(panels), "Hard-example buffer", "questions held"), metrics)
+            _smooth(_panel(next(panels), "Entropy of the policy", "nats per token"), metrics, "entropy", "", alone)
+            if not validated:
+                axes = _panel(next(panels), "Rollouts that cannot count", "share of rollouts (0 to 1)")
+                for name, look in looks(["truncated", "unreadable"]).items():
+                    _smooth(axes, metrics, name, name, look)
+        else:
+            axes = _panel(next(panels), "Loss", "nats per token")
+            _smooth(axes, metrics, "loss", "training", Look(COLOURS[0], "", "-"))
+            if "validation_loss" in metrics:
+                seen = metrics.dropna(subset="validation_loss")
+                axes.plot(seen["step"], seen["validation_loss"], "s--", color=COLOURS[1], label="validation", markersize=4)
+        if validated:
+            _validation(_panel(next(panels), "Validation accuracy (greedy)", "% of questions"), metrics, experts, style)
+        for axes in figure.axes:
+            if axes.get_legend_handles_labels()[0] and axes.get_legend() is None:
+                axes.legend()
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=10.5)
+    return Picture(figure, metrics)
+
+
+def rewards(
+    runs: Mapping[str, Sequence[pd.DataFrame]], *, order: Sequence[str] | None = None, note: str = ""
+) -> Picture:
+    """Training reward, and share of all-wrong groups, against step for each arm (figure 2 of the paper).
+
+    Args: runs: arm -> the metrics of each of its seeds. The line is the mean over seeds, the band their range.
+    """
+    style, tables = looks(list(runs), order), []
+    note = note or "running means; line: mean over seeds; band: lowest to highest seed"
+    with _figure(9.6, 3.9, note) as figure:
+        panels = {"reward": ("Training reward", 1), "groups_all_wrong": ("Groups that are all wrong", 100)}
+        for axes, (column, (heading, scale)) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+            _panel(axes, heading, "mean reward of a rollout" if scale == 1 else "% of groups")
+            for arm, seeds in runs.items():
+                smooth = [_running(metrics.set_index("step")[column]) for metrics in seeds]
+                lines = pd.concat(smooth, axis=1).dropna() * scale
+                look, every = style[arm], max(1, len(lines) // 8)
+                axes.fill_between(lines.index, lines.min(axis=1), lines.max(axis=1), color=look.color, alpha=0.15, lw=0)
+                axes.plot(lines.mean(axis=1), label=f"{arm} ({len(seeds)})", markevery=every, markersize=4, **look._asdict())
+                values = lines.set_axis([f"seed_{i}" for i in range(len(seeds))], axis=1)
+                tables.append(values.assign(arm=arm, measure=column).reset_index())
+            axes.set_ylim(bottom=0)
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper left", ncols=3, title="arm (seeds)", alignment="left")
+    return Picture(figure, pd.concat(tables, ignore_index=True))
+
+
+# --- after training ---------------------------------------------------------------------------------------------------
+
+
+def before_after(scores: pd.DataFrame, *, order: Sequence[str] | None = None, note: str = "") -> Picture:
+    """Accuracy of each expert after stage 1 (hollow) and after stage 2 (filled), with 95 % intervals.
+
+    Args: scores: label (arm), expert, stage ("stage 1" or "stage 2"), mean, low, high (shares).
+    """
+    style = looks(list(scores["expert"].unique()), order)
+    rows = list(scores[["label", "expert"]].drop_duplicates().itertuples(index=False, name=None))
+    arms = list(dict.fromkeys(label for label, _ in rows))
+    height = {row: place + 0.6 * arms.index(row[0]) for place, row in enumerate(rows)}  # a gap between arms
+    with _figure(7.2, 1.3 + 0.3 * max(height.values()), note) as figure:
+        axes = figure.subplots()
+        for row in scores.itertuples():
+            look, after = style[row.expert], row.stage == "stage 2"
+            at = height[row.label, row.expert] + (0.14 if after else -0.14)
+            _point(axes, at, row, look, filled=after)
+        axes.set_yticks(list(height.values()), [expert for _, expert in rows])
+        for arm in arms if len(arms) > 1 else ():
+            top = min(at for (label, _), at in height.items() if label == arm)
+            axes.text(0.0, top - 0.45, arm, transform=axes.get_yaxis_transform(), fontsize=8, weight="bold", va="bottom")
+        axes.set_ylim(max(height.values()) + 0.6, -1.0 if len(arms) > 1 else -0.6)
+        axes.grid(axis="y", visible=False)
+        _percent_axis(axes, "greedy test accuracy (%)")
+        axes.set_title("Each expert's accuracy: stage 1 hollow, stage 2 filled")
+    return Picture(figure, scores)
+
+
+def arms(scores: pd.DataFrame, *, order: Sequence[str] | None = None, note: str = "", what: str = "mean expert accuracy") -> Picture:
+    """One row an arm: mean with 95 % interval, each seed as a small dot.
+
+    Args: scores: label, mean, low, high (shares), per_seed (seed -> share); what: the axis label.
+    """
+    style = looks(list(scores["label"]), order)
+    with _figure(7.2, 1.2 + 0.42 * len(scores), note) as figure:
+        axes = figure.subplots()
+        for at, row in enumerate(scores.itertuples()):
+            seeds = 100 * np.array(list(row.per_seed.values()))
+            axes.plot(seeds, [at + 0.24] * len(seeds), ".", color=style[row.label].color, markersize=6, alpha=0.7)
+            _point(axes, at, row, style[row.label], filled=True)
+            axes.annotate(f"{100 * row.mean:.1f}", (100 * row.mean, at), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+        axes.set_yticks(range(len(scores)), scores["label"])
+        axes.set_ylim(len(scores) - 0.4, -0.7)
+        axes.grid(axis="y", visible=False)
+        _percent_axis(axes, f"{what} (%)")
+    return Picture(figure, scores.assign(per_seed=[str(seeds) for seeds in scores["per_seed"]]))
+
+
+def pass_at_k(scores: pd.DataFrame, *, order: Sequence[str] | None = None, note: str = "") -> Picture:
+    """pass@k against k for each name (expert or arm), with 95 % bands.
+
+    Args: scores: label, k, mean, low, high (shares).
+    """
+    style = looks(list(scores["label"].unique()), order)
+    with _figure(7.2, 3.6, note) as figure:
+        axes = _panel(figure.subplots(), "pass@k: one of k samples right", "% of questions")
+        for label, part in scores.groupby("label", sort=False):
+            look = style[label]
+            axes.fill_between(part["k"], 100 * part["low"], 100 * part["high"], color=look.color, alpha=0.12, lw=0)
+            axes.plot(part["k"], 100 * part["mean"], label=label, markersize=5, **look._asdict())
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted(scores["k"].unique()), sorted(scores["k"].unique()))
+        axes.set_xlabel("k")
+        axes.set_ylim(0, 100)
+        figure.legend(loc="outside right center")
+    return Picture(figure, scores)
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _style():
+    """The kit's style, whatever a user's matplotlibrc says; within the block only."""
+    import matplotlib
+
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE, "backend": matplotlib.rcParams["backend"]}):
+        yield
+
+
+@contextmanager
+def _figure(width: float, height: float, note: str):
+    """A figure in the kit's style, in inches, its caption below."""
+    from matplotlib.figure import Figure
+
+    with _style():
+        figure = Figure(figsize=(width, height + (0.2 if note else 0)), layout="constrained")
+        yield figure
+        if note:
+            caption = "\n".join(textwrap.wrap(note, int(width * 17)))
+            figure.supxlabel(caption, x=0.01, ha="left", fontsize=7.5, color="#444444")
+
+
+def _panel(axes: Axes, title: str, ylabel: str) -> Axes:
+    axes.set(title=title, ylabel=ylabel, xlabel="step")
+    return axes
+
+
+def _heatmap(axes: Axes, matrix: pd.DataFrame, cmap: str, low: float, high: float) -> None:
+    values = matrix.to_numpy(dtype=float)
+    axes.imshow(values, cmap=cmap, vmin=low, vmax=high)
+    middle = (high - low) * 0.6
+    for (i, j), value in np.ndenumerate(values):
+        dark = abs(value - (low if low == 0 else 0)) > middle / (1 if low == 0 else 2)
+        text = "n/a" if np.isnan(value) else f"{100 * value:.0f} %" if low == 0 else f"{value:.2f}"
+        axes.text(j, i, text, ha="center", va="center", fontsize=9, color="white" if dark else "black")
+    axes.set_xticks(range(len(matrix)), matrix.columns, rotation=25, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(matrix)), matrix.index)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0, labelsize=8)
+
+
+def _window(metrics: pd.DataFrame) -> int:
+    return max(1, len(metrics) // 20)
+
+
+def _running(values: pd.Series) -> pd.Series:
+    return values.rolling(_window(values.to_frame()), center=True, min_periods=1).mean()
+
+
+def _smooth(axes: Axes, metrics: pd.DataFrame, column: str, label: str, look: Look) -> None:
+    if column not in metrics:
+        return
+    seen = metrics.dropna(subset=column)
+    every = max(1, len(seen) // 8)
+    axes.plot(seen["step"], seen[column], color=look.color, alpha=0.22, linewidth=0.8)
+    axes.plot(seen["step"], _running(seen[column]), label=label or None, markevery=every, markersize=4, **look._asdict())
+
+
+def _groups(axes: Axes, metrics: pd.DataFrame) -> None:
+    """Stacked shares; only mixed groups give the policy gradient anything to learn from."""
+    shares = [100 * _running(metrics[f"groups_{kind}"]) for kind in ("all_wrong", "mixed", "all_right")]
+    stack = axes.stackplot(
+        metrics["step"], *shares, labels=["all wrong", "mixed", "all right"], colors=["#D55E00", "#F2F2F2", "#56B4E9"]
+    )
+    for area, hatch in zip(stack, HATCHES, strict=True):
+        area.set(hatch=hatch, edgecolor="#555555", linewidth=0.4)
+    axes.set(ylim=(0, 100), xlim=(metrics["step"].min(), metrics["step"].max()))
+    axes.legend(loc="upper center", ncols=3, frameon=True, fontsize=7, columnspacing=0.8, handlelength=1.3)
+
+
+def _validation(axes: Axes, metrics: pd.DataFrame, experts: Sequence[str], style: Mapping[str, Look]) -> None:
+    for name in experts:
+        if (column := f"validation_accuracy/{name}") in metrics:
+            seen = metrics.dropna(subset=column)
+            axes.plot(seen["step"], 100 * seen[column], label=name, markersize=4, **style[name]._asdict())
+    axes.set_ylim(bottom=0)
+
+
+def _buffer(axes: Axes, metrics: pd.DataFrame) -> None:
+    size, flushes = metrics["buffer_size"], metrics["buffer_flushes"]
+    axes.plot(metrics["step"], size, color="black", drawstyle="steps-post", linewidth=1)
+    at = metrics.loc[flushes.diff().fillna(flushes.iloc[0]) > 0, "step"]
+    if len(at):  # an unclipped line without points would take part in the layout, at the corner of the figure
+        axes.plot(at, np.zeros(len(at)), "|", color=COLOURS[1], markersize=10, markeredgewidth=1.4, clip_on=False)
+    axes.set_ylim(0, max(1, 1.05 * size.max()))
+    axes.set_title(f"Buffer: {int(flushes.max())} flushes (ticks)" if size.max() or flushes.max() else "Buffer: unused")
+
+
+def _point(axes: Axes, at: float, row, look: Look, *, filled: bool) -> None:
+    mean, low, high = 100 * row.mean, 100 * row.low, 100 * row.high
+    axes.plot([low, high], [at, at], color=look.color, linewidth=1.4, linestyle="-" if filled else ":")
+    face = look.color if filled else "white"
+    axes.plot(mean, at, marker=look.marker, color=look.color, markerfacecolor=face, markersize=6)
+
+
+def _percent_axis(axes: Axes, label: str) -> None:
+    low, high = axes.get_xlim()
+    axes.set(xlabel=label, xlim=(max(-2, low), min(102, high)))
+
+
+def _percent(share: float) -> str:
+    return "undefined" if np.isnan(share) else f"{100 * share:.1f} %"
+
+
+def _count_note(questions: int) -> str:
+    return f"n = {questions} questions, one answer of each expert; unreadable answers count as wrong"
