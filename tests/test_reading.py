@@ -174,9 +174,9 @@ def test_a_megabyte_of_anything_is_read_fast(reader, name):
 
 
 def test_reading_is_linear(monkeypatch):
-    monkeypatch.setattr(reading, "LONGEST", MEGABYTE)  # a quadratic pattern would take hours on some of these
+    monkeypatch.setattr(reading, "LONGEST", 200_000)  # a quadratic pattern would take minutes on some of these
     start = time.process_time()
     for text in HOSTILE.values():
         for reader in (reading.number, reading.letter, reading.yes_no, reading.free_text):
             reader(text)
-    assert time.process_time() - start < 60  # 7 s on two slow cores
+    assert time.process_time() - start < 15  # 1.5 s on a slow core

@@ -1,7 +1,7 @@
 """Reading the final answer out of a solution: a number, a letter, yes or no, or a text.
 
 Every reader returns a canonical string, equal for equal answers, or None where it finds nothing to read. Time is linear
-in the text's length, whatever the text: patterns are anchored on a literal and never repeat a repetition.
+in the text's length, whatever the text: patterns never repeat a repetition, and only a text's end is read.
 """
 
 from __future__ import annotations
@@ -16,34 +16,44 @@ THE_ANSWER = re.compile(r"\bthe (?:final |correct )?answer is\b", re.IGNORECASE)
 MARKS = (HASH, BOXED, A_COLON, THE_ANSWER)
 """What announces a final answer, most trusted first. The last occurrence counts."""
 
+LONGEST = 100_000
+"""Characters, from the end, that are read at all; some ten times the longest answers that models write."""
+
 MOST_DIGITS = 40
 """A longer number is no answer to any question here, and could be made to cost time or memory."""
 
 _NUMBER = re.compile(
-    r"(?<![\d.,])"  # never start inside a number: keeps a long run of digits linear
-    r"(?P<sign>(?<![\w)])[-\u2212])?(?:\\?[$\u20ac\u00a3])?(?P<late_sign>(?<=[$\u20ac\u00a3])-)?"
-    r"(?P<whole>\d{1,3}(?:,\d{3})++(?!\d)|\d++)?(?P<decimals>\.\d++)?"
-    r"(?(whole)|(?(decimals)|(?!)))"
+    r"(?<!\d)(?<!\d[.,])"  # never start inside a number: keeps a long run of digits linear
+    r"(?P<sign>(?<![\w)])[-\u2212])?(?:\\?[$\u20ac\u00a3](?P<late_sign>-)?)?"
+    r"(?P<digits>(?:\d{1,3}(?:,\d{3})++(?!\d)|\d++)(?:\.\d++)?|(?<!\w)\.\d++)"
     r"(?:\s?/\s?(?P<denominator>\d++))?"
 )
-_POWER_AFTER = re.compile(r"\s?(?:\^|\*\*)\s?[({\d-]")
-_POWER_BEFORE = re.compile(r"[\d)}]\s?(?:\^|\*\*)\s?[({]?$")
+# What makes a number a part of something else: a power, an unfinished calculation, a date or time, 2 1/2.
+_GOES_ON = re.compile(r"\s?(?:\^|\*\*)\s?[({\d-]|\s?[-+*/\u00d7]\s?\$?\d|[.,:]\d|\s\d{1,9}\s?/\s?\d")
+_BEGAN_BEFORE = re.compile(r"[\d)}]\s?(?:\^|\*\*|[-+*/\u00d7])\s?[({$]?$")
+_FRAC = re.compile(r"\\[dt]?frac\{(\d{1,9})\}\{(\d{1,9})\}")
 
-_LETTER = r"(?:([b-e])\b|(a)\b(?!\s+[a-z]))"  # "the answer is a number" names no letter
+_LETTER = r"(?:([b-e])\b|(a)\b(?!\s+(?!is\b)[a-z]))(?!\s?[\^/*+])"  # "the answer is a number" names no letter
+_IS = r"(?:is|will be|would be|should be|must be)?"
 _LETTERS = tuple(
-    re.compile(pattern + r"[\s(\"'*:{]*+" + _LETTER, re.IGNORECASE)
+    re.compile(pattern, re.IGNORECASE)
     for pattern in (
-        r"####",
-        r"\\boxed\s*+\{(?:\\text(?:bf)?)?",
-        r"\b(?:answer|ans)\b[\s\"'.=:,-]*+(?:is|would be)?\s*+:?\s*+(?:option|choice)?",
-        r"\b(?:option|choice)\b",
+        rf"####[\s(\"'*:]*+{_LETTER}",
+        rf"\\boxed\s*+\{{(?:\\text(?:bf)?)?[\s({{]*+{_LETTER}",
+        rf"\b(?:answer|ans)\b[\s\"'.=:,-]*+{_IS}[\s:]*+(?:option|choice)?[\s(\"'*:]*+{_LETTER}",
+        rf"\b(?:option|choice)\b[\s\"'.=:,-]*+{_IS}[\s(\"'*:]*+{_LETTER}",
+        r"\b(?:([b-e])|(a))[\s)\"'*]*+(?:is|would be) the (?:correct |right )?(?:answer|option|choice)",
     )
 )
 _BARE_LETTER = re.compile(r"[\s(*\"']*+([a-e])[\s).*\"':]*+", re.IGNORECASE)
 
-_ENDS = r"(?=\s*+(?:[^\w\s]|$)|\s+(?:because|since|as)\b)"  # "no doubt", "yes men" state nothing
+# Punctuation, the end or a reason must follow: "no doubt", "yes men" and "No. 5" state nothing.
+_SAID = (
+    r"[\s*\"'(:{]{0,6}+(?:(not)\s+)?\"?(yes|no|true|false)\b"
+    r"(?!\.?\s?\d)(?=\s*+(?:[^\w\s]|$)|\s+(?:because|since|as)\b)"
+)
 _YES_NO = tuple(
-    re.compile(pattern + r"[\s*\"'(:{]*+(?:(not)\s+)?\"?(yes|no|true|false)\b" + _ENDS, re.IGNORECASE)
+    re.compile(pattern + _SAID, re.IGNORECASE)
     for pattern in (
         r"####",
         r"\\boxed\s*+\{(?:\\text)?",
@@ -66,15 +76,12 @@ def number(text: str, *, marked: bool = False) -> str | None:
     >>> number("She makes 9 * 2 = $18.00 a day.\\n#### 18"), number("A: $1,250"), number("It is 9**9**9"), number("?")
     ('18', '1250', None, None)
     """
+    text = _FRAC.sub(r"\1/\2", text[-LONGEST:].replace("{,}", ","))
     stated = _stated(text, (HASH,) if marked else MARKS)
     if stated is not None:
         found = _NUMBER.search(stated.rsplit("=", 1)[-1])
-    elif marked:
-        return None
     else:
-        found = None
-        for found in _NUMBER.finditer(text):
-            pass
+        found = None if marked else _last(_NUMBER, text)
     return None if found is None else _exact(found)
 
 
@@ -84,14 +91,11 @@ def letter(text: str) -> str | None:
     >>> letter("so the answer is (C)."), letter("c )"), letter("the answer is a number")
     ('c', 'c', None)
     """
+    text = text[-LONGEST:].rstrip()
     for pattern in _LETTERS:
-        found = None
-        for found in pattern.finditer(text):
-            pass
-        if found:
+        if found := _last(pattern, text):
             return (found[1] or found[2]).lower()
-    last_line = text.rstrip()[-200:].rsplit("\n", 1)[-1]
-    found = _BARE_LETTER.fullmatch(last_line)
+    found = _BARE_LETTER.fullmatch(text.rsplit("\n", 1)[-1])
     return found[1].lower() if found else None
 
 
@@ -104,44 +108,46 @@ def yes_no(text: str) -> str | None:
     ('yes', 'no', None)
     """
     for pattern in _YES_NO:
-        found = None
-        for found in pattern.finditer(text):
-            pass
-        if found:
-            said = found[2].lower() in ("yes", "true")
-            return "yes" if said != bool(found[1]) else "no"
+        if found := _last(pattern, text[-LONGEST:]):
+            said_yes = found[2].lower() in ("yes", "true")
+            return "yes" if said_yes != bool(found[1]) else "no"
     return None
 
 
-def words(text: str) -> str | None:
+def free_text(text: str) -> str | None:
     """The text after the last mark, else the last line; case, spaces and the closing period do not count.
 
-    >>> words("It lies in France.\\n#### Mont  Blanc.")
+    >>> free_text("It lies in France.\\n#### Mont  Blanc.")
     'mont blanc'
     """
+    text = text[-LONGEST:].rstrip()
     stated = _stated(text, MARKS)
     if stated is None:
-        stated = text.rstrip().rsplit("\n", 1)[-1]
+        stated = text.rsplit("\n", 1)[-1]
     return " ".join(stated.split()).strip(" .:").casefold() or None
+
+
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    found = None
+    for found in pattern.finditer(text):
+        pass
+    return found
 
 
 def _stated(text: str, marks: tuple[re.Pattern[str], ...]) -> str | None:
     """The first line of what follows the last occurrence of the most trusted mark; None without a mark."""
     for mark in marks:
-        found = None
-        for found in mark.finditer(text):
-            pass
-        if found:
-            line = text[found.end() :].lstrip().split("\n", 1)[0]
+        if found := _last(mark, text):
+            line = text[found.end() :].lstrip(" \t\r\n:*").split("\n", 1)[0]
             return line.split("}", 1)[0] if mark is BOXED else line
     return None
 
 
 def _exact(found: re.Match[str]) -> str | None:
-    digits = (found["whole"] or "0").replace(",", "") + (found["decimals"] or "")
-    denominator = found["denominator"] or "1"
-    around = found.string[max(0, found.start() - 4) : found.start()], found.string[found.end() : found.end() + 4]
-    if _POWER_BEFORE.search(around[0]) or _POWER_AFTER.match(around[1]):
+    """The number as a fraction in lowest terms; None where it is part of something else, or far too long."""
+    text, start = found.string, found.start()
+    digits, denominator = found["digits"].replace(",", ""), found["denominator"] or "1"
+    if _BEGAN_BEFORE.search(text[max(0, start - 5) : start]) or _GOES_ON.match(text, found.end()):
         return None
     if len(digits) > MOST_DIGITS or len(denominator) > MOST_DIGITS or int(denominator) == 0:
         return None

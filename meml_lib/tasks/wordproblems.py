@@ -138,7 +138,8 @@ class WordProblems(Task):
         sample = Event("groups", n=1, k=1)
         templates = [*STARTS, *ASKS, *(phrase for phrases in PHRASES.values() for phrase in phrases)]
         text = [template.format(name="", friend="", item="", x="", n="", k="") for template in templates]
-        text += [write("", 0, tuple(replace(sample, kind=kind) for kind in KINDS), [0] * 5) for write in STYLES.values()]
+        events = tuple(replace(sample, kind=kind) for kind in KINDS)
+        text += [write("", 0, events, [0] * len(events)) for write in STYLES.values()]
         numbers = map(str, range(self.params.largest_number + 1))
         return sorted({*" ".join(text).split(), *NAMES, *ITEMS, *numbers, "####"})
 
@@ -177,7 +178,7 @@ class WordProblems(Task):
                 story = self._story(rng, f"wordproblems-{split}-{len(stories)}")
                 misses = 0 if story.text not in seen else misses + 1
                 if misses > 1000:
-                    raise ValueError(f"{split}_questions={size} is more than this world has stories; it has {len(seen)}")
+                    raise ValueError(f"{split}_questions={size}: this world has hardly more than {len(seen)} stories")
                 if story.text not in seen:
                     seen.add(story.text)
                     stories.append(story)
