@@ -364,8 +364,8 @@ class StudyParams(Section):
     """Arms x seeds over one run file, and the report on them."""
 
     title: Text
-    run: Text
-    """The run file, relative to params/."""
+    run_file: Text
+    """Relative to params/."""
     overrides: dict[str, object] = {}
     """Dotted key -> value, for all arms."""
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]

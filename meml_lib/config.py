@@ -1,0 +1,670 @@
+"""The values of a run and of a study: composed from the files in `params/`, checked against `schema`, then frozen.
+
+A file's `use: [..]` composes left to right; later wins, mappings merge, lists replace; overrides come last.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import html
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, PrivateAttr, ValidationError
+
+from meml_lib import schema
+
+Stage = Literal["mef", "riel"]
+Overrides = Mapping[str, Any] | Sequence[str]
+_Path = tuple[str, ...]  # of a value: ("riel", "steps")
+
+
+class ParamsError(ValueError):
+    """A value, key or file that cannot be used; the message names it, its place and what would be right."""
+
+
+# --- places -----------------------------------------------------------------------------------------------------------
+
+
+def root() -> Path:
+    """The project folder: the nearest one, from the working directory upwards, that holds params/base.yaml."""
+    here = Path.cwd()
+    beside_package = Path(__file__).resolve().parents[1]
+    for folder in (here, *here.parents, beside_package):
+        if (folder / "params" / "base.yaml").is_file():
+            return folder
+    return here
+
+
+def locate(path: str | Path) -> Path:
+    """A file that a value names: from the working directory where it stands there, else from the project folder."""
+    path = Path(path).expanduser()
+    return path.absolute() if path.is_absolute() or path.exists() else root() / path
+
+
+def _label(file: Path) -> str:
+    return str(file.relative_to(root())) if file.is_relative_to(root()) else str(file)
+
+
+def _nearest(word: str, names: Iterable[str], prefix: str = "") -> str:
+    """'; did you mean ..?' or nothing."""
+    found = difflib.get_close_matches(word, list(names), n=1, cutoff=0.6)
+    return f"; did you mean {prefix + found[0]!r}?" if found else ""
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[_Path, int]]:
+    """A YAML file's values, and the line of each."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(file.read_text(encoding="utf-8"))
+    lines: dict[_Path, int] = {}
+
+    def note(node: yaml.Node, path: _Path) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                here = (*path, str(key.value))
+                if here in lines:
+                    raise ParamsError(f"{_label(file)}:{key.start_mark.line + 1}: {'.'.join(here)} stands here twice")
+                lines[here] = key.start_mark.line + 1
+                note(value, here)
+
+    try:
+        node = loader.get_single_node()
+        values = {} if node is None else loader.construct_document(node)
+    except yaml.YAMLError as error:
+        raise ParamsError(f"{_label(file)} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ParamsError(f"{_label(file)} must hold a mapping of sections; it holds a {type(values).__name__}")
+    if node is not None:
+        note(node, ())
+    return values, lines
+
+
+def _find(name: str, beside: Path | None) -> Path:
+    """The file that `use` or a study's `run` names, relative to params/ (or else to the file that names it)."""
+    places = [root() / "params"]
+    if beside is not None:
+        places = [folder for folder in beside.parents if folder.name == "params"][:1] + places + [beside.parent]
+    for place in places:
+        if (place / name).is_file():
+            return (place / name).resolve()
+    known = [str(file.relative_to(place)) for place in places for file in sorted(place.rglob("*.yaml"))]
+    by = f"{_label(beside)}: " if beside else ""
+    raise ParamsError(f"{by}no file {name!r} in {_label(places[0])}/{_nearest(name, known)}")
+
+
+def _kinds(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that an annotation admits, e.g. both kinds of teacher."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [kind for part in get_args(annotation) for kind in _kinds(part)]
+
+
+def _unions(section: type[BaseModel]) -> dict[str, tuple[str, dict[str, type[BaseModel]]]]:
+    """Key of a section with several kinds -> the key that tells them apart, and the kind for each of its values."""
+    found = {}
+    for name, info in section.model_fields.items():
+        if info.discriminator:
+            tag, kinds = str(info.discriminator), _kinds(info.annotation)
+            found[name] = (tag, {word: kind for kind in kinds for word in get_args(kind.model_fields[tag].annotation)})
+        for kind in _kinds(info.annotation):
+            found |= _unions(kind)
+    return found
+
+
+_UNIONS = _unions(schema.RunParams)
+
+
+@dataclass
+class _Values:
+    """Nested values on their way together, and where each came from."""
+
+    tree: dict[str, Any] = field(default_factory=dict)
+    origins: dict[_Path, str] = field(default_factory=dict)
+
+    def copy(self) -> _Values:
+        return _Values(_copy(self.tree), dict(self.origins))
+
+    def add_file(self, file: Path, chain: tuple[Path, ...] = ()) -> _Values:
+        """Add what a file uses, then the file itself."""
+        if file in chain:
+            raise ParamsError("files use each other in a circle: " + " -> ".join(_label(f) for f in (*chain, file)))
+        values, lines = _read(file)
+        self.add_used(values.pop("use", []), file, chain)
+        self.merge(values, lambda path: f"{_label(file)}:{lines.get(path, 1)}")
+        return self
+
+    def add_used(self, used: Any, file: Path | None, chain: tuple[Path, ...] = ()) -> None:
+        if not isinstance(used, list) or not all(isinstance(name, str) for name in used):
+            place = _label(file) if file else "notebook"
+            raise ParamsError(f"{place}: use = {used!r} must be a list of files in params/")
+        for name in used:
+            self.add_file(_find(name, file), (*chain, file) if file else chain)
+
+    def merge(self, layer: Mapping[str, Any], origin: Callable[[_Path], str]) -> None:
+        self._merge(self.tree, layer, origin, ())
+
+    def set(self, overrides: Mapping[str, Any], origin: Callable[[str], str]) -> None:
+        """Set dotted keys, in order."""
+        for key, value in overrides.items():
+            layer: Any = value
+            for part in reversed(key.split(".")):
+                layer = {part: layer}
+            self.merge(layer, lambda path, key=key: origin(key))
+
+    def _merge(self, tree: dict, layer: Mapping, origin: Callable[[_Path], str], path: _Path) -> None:
+        for key, value in layer.items():
+            here = (*path, str(key))
+            if not isinstance(value, Mapping):
+                self._forget(here)
+                tree[str(key)] = value
+            else:
+                old = tree.get(str(key))
+                if not isinstance(old, dict) or _another_kind(str(key), old, value):
+                    self._forget(here)
+                    old = tree[str(key)] = {}
+                self._merge(old, value, origin, here)
+            self.origins.setdefault(here, origin(here))
+
+    def _forget(self, path: _Path) -> None:
+        for known in [known for known in self.origins if known[: len(path)] == path]:
+            del self.origins[known]
+
+
+def _another_kind(key: str, old: Mapping, new: Mapping) -> bool:
+    """Whether a later task, model or teacher is of another kind than the earlier, so that their keys cannot mix."""
+    tag, kinds = _UNIONS.get(key, (None, {}))
+    return tag in new and kinds.get(old.get(tag)) is not kinds.get(new[tag])
+
+
+def _copy(value: Any) -> Any:
+    return {key: _copy(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _leaves(value: Any, path: _Path = ()) -> Iterable[tuple[_Path, Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            yield from _leaves(item, (*path, str(key)))
+    else:
+        yield path, value
+
+
+def _overrides(given: Overrides | None) -> dict[str, Any]:
+    """Overrides as dotted key -> value; text like "riel.steps=3" is read as YAML reads it."""
+    if isinstance(given, Mapping):
+        pairs = dict(given)
+    else:
+        pairs = {}
+        for text in [given] if isinstance(given, str) else given or ():
+            key, equals, value = str(text).partition("=")
+            if not equals or not value.strip():
+                raise ParamsError(f"override {text!r} must read key=value, e.g. riel.steps=100 or mef.patience=null")
+            try:
+                pairs[key.strip()] = yaml.safe_load(value)
+            except yaml.YAMLError as error:
+                raise ParamsError(f"override {text!r} is not YAML: {' '.join(str(error).split())}") from error
+    for key in pairs:
+        if not isinstance(key, str) or not all(key.split(".")):
+            raise ParamsError(f"override {key!r} must be a dotted key, e.g. riel.steps")
+    return pairs
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _checked(section: type[BaseModel], values: _Values, label: str) -> Any:
+    """The values as `section`; every fault at once, each with its place, key, value, bound and nearest right key."""
+    faults = []
+    try:
+        checked = section.model_validate(values.tree)
+        as_checked = dict(_leaves(checked.model_dump()))
+        for path, value in _leaves(values.tree):  # pydantic would read true as 1
+            if _has_bool(value) and not _has_bool(as_checked[path]):
+                faults.append(f"{values.origins[path]}: {'.'.join(path)} = {value}: must not be a yes/no value")
+    except ValidationError as error:
+        faults = [_fault(section, values, label, fault) for fault in error.errors(include_url=False)]
+    if faults:
+        raise ParamsError("\n".join(dict.fromkeys(faults)))
+    return checked
+
+
+def _has_bool(value: Any) -> bool:
+    return any(isinstance(item, bool) for item in (value if isinstance(value, (list, tuple)) else [value]))
+
+
+def _fault(section: type[BaseModel], values: _Values, label: str, fault: Any) -> str:
+    kinds, node, path, origin = [section], values.tree, (), label
+    for part in fault["loc"]:
+        siblings = sorted({name for kind in kinds for name in kind.model_fields})
+        is_key = isinstance(node, dict) and (part in node or fault["type"] == "missing" and part in siblings)
+        if is_key or isinstance(node, (list, tuple)):
+            path, node = (*path, str(part)), node[part] if not is_key or part in node else None
+            origin = values.origins.get(path, origin)
+            fields = [kind.model_fields[part].annotation for kind in kinds if part in kind.model_fields]
+            kinds = [kind for annotation in fields for kind in _kinds(annotation)] if fields else kinds
+        else:  # the tag of a union, which is no key of the file
+            words = {kind: [get_args(info.annotation) for info in kind.model_fields.values()] for kind in kinds}
+            kinds = [kind for kind in kinds if any(part in args for args in words[kind])] or kinds
+    key, context, quote = ".".join(path), fault.get("ctx", {}), "'"
+    match fault["type"]:
+        case "extra_forbidden":
+            ends = [name.split(".") for name in _keys(section)]
+            twins = [".".join(end) for end in ends if (end[0], end[-1]) == (path[0], path[-1])]
+            section_key = ".".join(path[:-1])
+            near = _nearest(path[-1], siblings, f"{section_key}." if section_key else "")
+            near = f"; did you mean {twins[0]!r}?" if len(twins) == 1 else near
+            return f"{origin}: {key} is not a known key{near} (known here: {', '.join(siblings)})"
+        case "model_type" | "model_attributes_type" | "dict_type":
+            return f"{origin}: {key} = {node!r}: must be a mapping of keys"
+        case "missing":
+            hint = f"; use one of params/{key}{'' if key == 'experts' else 's'}/*.yaml" if key in _PARTS else ""
+            return f"{origin}: {key} is missing: no file gives it{hint}"
+        case "union_tag_not_found":
+            return f"{origin}: {key}.{context['discriminator'].strip(quote)} is missing: no file gives it"
+        case "union_tag_invalid" | "literal_error":
+            if "tag" in context:
+                key, node = f"{key}.{context['discriminator'].strip(quote)}", context["tag"]
+            expected = context.get("expected") or context["expected_tags"]
+            near = _nearest(str(node), re.findall("'(.*?)'", expected))
+            return f"{origin}: {key} = {node!r}: must be one of {expected}{near}"
+        case "value_error":
+            return f"{origin}: {key + ': ' if key else ''}{context['error']}"
+        case _:
+            return f"{origin}: {key} = {node!r}: {fault['msg'].replace('Input should', 'must')}"
+
+
+_PARTS = ("task", "experts", "model")
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """All dotted keys that a section can have."""
+    keys = []
+    for name, info in section.model_fields.items():
+        keys.append(prefix + name)
+        keys += [key for kind in _kinds(info.annotation) for key in _keys(kind, f"{prefix}{name}.")]
+    return list(dict.fromkeys(keys))
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+class Run(schema.RunParams):
+    """All values of one run (one arm, one seed), where each came from, and the folders that it writes to."""
+
+    params_file: str
+    run_dir: Path
+    stage1_dir: Path | None
+    """Stage 1's folder where arms share it; None: inside run_dir."""
+    sources: dict[str, str]
+    """Dotted key -> "file:line", "override" or "default"."""
+
+    def folder(self, stage: Stage) -> Path:
+        """Where a stage keeps its results."""
+        if stage == "mef":
+            return self.stage1_dir or self.run_dir / "stage1"
+        return self.run_dir / "stage2"
+
+    def values(self) -> dict[str, Any]:
+        """Plain nested values, without folders and sources."""
+        return self.model_dump(mode="json", include=set(schema.RunParams.model_fields))
+
+    def reads(self, stage: Stage) -> dict[str, Any]:
+        """The values that a stage's results depend on: no hardware, no layout of batches, no expert off the panel."""
+        values = self.values()
+        own = ("mef",) if stage == "mef" else ("riel",)
+        read = {key: values[key] for key in ("task", "experts", "model", "sampling", *own, "evaluate", "seed")}
+        read["experts"]["known"] = {name: values["experts"]["known"][name] for name in self.experts.panel}
+        del read["sampling"]["rows_per_batch"]
+        return read
+
+    def rows(self) -> list[tuple[str, Any, str]]:
+        """(dotted key, value, source) of every value."""
+        paths = [(".".join(path), value) for path, value in _leaves(self.values())]
+        return [(key, value, self.sources.get(key, "default")) for key, value in paths]
+
+    def _repr_html_(self) -> str:
+        cells = (
+            f"<tr><td>{html.escape(key)}</td><td>{html.escape(_short(value))}</td><td>{html.escape(source)}</td></tr>"
+            for key, value, source in self.rows()
+        )
+        return (
+            f"<p><b>{html.escape(self.params_file)}</b>, seed {self.seed}, in {html.escape(_label(self.run_dir))}</p>"
+            '<details open><summary>values</summary><table style="font-size:85%">'
+            f"<tr><th>key</th><th>value</th><th>from</th></tr>{''.join(cells)}</table></details>"
+        )
+
+
+def _short(value: Any, width: int = 100) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def load_run(
+    file: str | Path,
+    overrides: Overrides | None = None,
+    run_dir: str | Path | None = None,
+    stage1_dir: str | Path | None = None,
+) -> Run:
+    """Compose and check the values of one run.
+
+    Args:
+      file: a run file; from the working directory, the project folder or params/.
+      overrides: dotted key -> value, or texts like "riel.steps=3".
+      run_dir: None: reports/<file's name>/runs/<file's name>/seed-<seed>.
+      stage1_dir: None: inside run_dir.
+    Raises: ParamsError naming file and line, key, value, bound and the nearest right name.
+    """
+    path = _params_file(file)
+    return _run(_Values().add_file(path), path.stem, _label(path), overrides, run_dir, stage1_dir)
+
+
+def load_values(file: str | Path) -> Run:
+    """The run whose resolved values `launch.train` wrote to values.json."""
+    return Run.model_validate_json(Path(file).read_text(encoding="utf-8"))
+
+
+def _params_file(file: str | Path) -> Path:
+    path = locate(file)
+    return path.resolve() if path.is_file() else _find(str(file), None)
+
+
+def _run(values: _Values, name: str, label: str, overrides: Overrides | None, run_dir: Any, stage1_dir: Any) -> Run:
+    values.set(_overrides(overrides), lambda key: "override")
+    if "arms" in values.tree:
+        raise ParamsError(f"{label} is a study; a run file has no `arms` (a study's notebooks are 04 and 05)")
+    checked = _checked(schema.RunParams, values, label)
+    return Run(
+        **{key: getattr(checked, key) for key in schema.RunParams.model_fields},
+        params_file=label,
+        run_dir=root() / (run_dir or f"reports/{name}/runs/{name}/seed-{checked.seed}"),
+        stage1_dir=root() / stage1_dir if stage1_dir else None,
+        sources={".".join(path): values.origins.get(path, "default") for path, _ in _leaves(checked.model_dump())},
+    )
+
+
+# --- a study ----------------------------------------------------------------------------------------------------------
+
+
+class Study(schema.StudyParams):
+    """Arms x seeds over one run file, and the folders that they write to."""
+
+    params_file: str
+    name: str
+    folder: Path
+    run_params_file: str
+    """The run file, as a notebook takes it."""
+    _base: _Values = PrivateAttr()
+    _origins: dict[_Path, str] = PrivateAttr()
+    _extra: dict[str, Any] = PrivateAttr()
+
+    def run(self, arm: str, seed: int) -> Run:
+        """The values and folders of one arm with one seed."""
+        if arm not in self.arms:
+            near = _nearest(arm, self.arms)
+            raise ParamsError(f"{self.params_file} has no arm {arm!r}{near} (arms: {', '.join(self.arms)})")
+        if seed not in self.seeds:
+            raise ParamsError(f"seed {seed} is not among the seeds {list(self.seeds)} of {self.params_file}")
+        stage1 = next(name for name, arms in self.stage1_groups().items() if arm in arms)
+        runs = self.folder / "runs"
+        return self._compose(arm, seed, runs / arm / f"seed-{seed}", runs / stage1 / f"seed-{seed}" / "stage1")
+
+    def base_run(self) -> Run:
+        """The values before any arm changes them: for the notebooks on experts and overlap."""
+        return self._compose(None, self.seeds[0], self.folder / "experts", None)
+
+    def stage1_groups(self) -> dict[str, tuple[str, ...]]:
+        """Name of a stage-1 folder -> the arms that share it, because all values that stage 1 reads are equal."""
+        return self._groups
+
+    @cached_property
+    def _groups(self) -> dict[str, tuple[str, ...]]:
+        groups: dict[str, tuple[str, list[str]]] = {}
+        panels: list[str] = []
+        for arm in self.arms:
+            run = self._compose(arm, self.seeds[0], self.folder, None)
+            key, panel = json.dumps(run.reads("mef"), sort_keys=True), "stage1-" + "+".join(run.experts.panel)
+            if key not in groups:
+                panels.append(panel)
+                number = panels.count(panel)
+                groups[key] = (panel if number == 1 else f"{panel}-{number}", [])
+            groups[key][1].append(arm)
+        return {name: tuple(arms) for name, arms in groups.values()}
+
+    def overrides_of(self, arm: str | None, seed: int) -> dict[str, Any]:
+        """Dotted key -> value that make an arm's run out of the run file; later wins."""
+        merged: dict[str, Any] = {}
+        for layer in (self.overrides, self.arms[arm].overrides if arm else {}, {"seed": seed}, self._extra):
+            for key, value in layer.items():
+                merged.pop(key, None)  # a key given again moves to the end
+                merged[key] = value
+        return merged
+
+    def _compose(self, arm: str | None, seed: int, run_dir: Path, stage1_dir: Path | None) -> Run:
+        values, origins = self._base.copy(), self._origins
+        values.set(self.overrides, lambda key: origins.get(("overrides", key), self.params_file))
+        if arm:
+            place = ("arms", arm, "overrides")
+            values.set(self.arms[arm].overrides, lambda key: origins.get((*place, key), self.params_file))
+        values.set({"seed": seed}, lambda key: origins.get(("seeds",), self.params_file))
+        return _run(values, self.name, self.run_params_file, self._extra, run_dir, stage1_dir)
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{html.escape(name)}</td><td>{html.escape(arm.label)}</td>"
+            f"<td>{html.escape(', '.join(f'{key}: {_short(value)}' for key, value in arm.overrides.items()))}</td></tr>"
+            for name, arm in self.arms.items()
+        )
+        return (
+            f"<p><b>{html.escape(self.title)}</b>: {html.escape(self.params_file)} over "
+            f"{html.escape(self.run_params_file)}, seeds {list(self.seeds)}, in {html.escape(_label(self.folder))}</p>"
+            f'<table style="font-size:85%"><tr><th>arm</th><th>label</th><th>what differs</th></tr>{rows}</table>'
+        )
+
+
+def load_study(file: str | Path, overrides: Overrides | None = None, reports_dir: str | Path = "reports") -> Study:
+    """Compose and check a study and every run in it. A run file is a study of one arm and one seed.
+
+    Args:
+      overrides: of the study (seeds=[0,1]) or of all its runs (riel.steps=3), over everything that the files say.
+      reports_dir: the study's folder is <reports_dir>/<file's name>.
+    Raises: ParamsError naming file and line, key, value, bound and the nearest right name.
+    """
+    path = _params_file(file)
+    return _study(_Values().add_file(path), path.stem, _label(path), path, overrides, reports_dir)
+
+
+def _study(
+    values: _Values, name: str, label: str, file: Path | None, given: Overrides | None, reports_dir: str | Path
+) -> Study:
+    fields = schema.StudyParams.model_fields
+    extra = _overrides(given)
+    own = {key: extra.pop(key) for key in list(extra) if key.split(".")[0] in fields}
+    if values.tree.keys() & fields:
+        if "seed" in extra:
+            raise ParamsError(f"seed={extra['seed']}: a study's runs take their seeds from `seeds`; give seeds=[..]")
+        values.set(own, lambda key: "override")
+        checked = _checked(schema.StudyParams, values, label)
+        run_file = _find(checked.run_file, file)
+        base, run_label = _Values().add_file(run_file), _label(run_file)
+    else:
+        base, run_label = values, label
+        seed = extra.pop("seed", values.tree.get("seed", 0))
+        tree = {"title": name, "run_file": label, "seeds": [seed], "arms": {name: {"label": name}}}
+        values = _Values(tree)
+        values.set(own, lambda key: "override")
+        checked = _checked(schema.StudyParams, values, label)
+    study = Study(
+        **{key: getattr(checked, key) for key in fields},
+        params_file=label, name=name, folder=root() / reports_dir / name, run_params_file=run_label,
+    )  # fmt: skip
+    study._base, study._origins, study._extra = base, values.origins, extra
+    study.base_run()
+    study.stage1_groups()  # composes and checks every arm
+    return study
+
+
+# --- in a notebook ----------------------------------------------------------------------------------------------------
+
+_RUN_NAMES = ("params_file", "overrides", "run_dir", "stage1_dir")
+_STUDY_NAMES = ("params_file", "overrides", "reports_dir")
+_STATE = "_meml_parameter_cells"
+
+
+def from_notebook(namespace: dict[str, Any]) -> Run:
+    """The run that a notebook's parameter cells ask for: call it as `from_notebook(globals())`.
+
+    Reads params_file, overrides, run_dir and stage1_dir; or, where `papermill -f RUN_FILE` wrote the file's sections
+    into the notebook, those sections are the run file. Judged by what the parameter cells assigned, not by all names
+    in the notebook, so that it may run again after other cells made names of their own.
+
+    Raises: ParamsError for a name that nothing reads, with the nearest right one; and as load_run does.
+    """
+    given, sections = _notebook(namespace, _RUN_NAMES, set(schema.RunParams.model_fields))
+    places = given.get("overrides"), given.get("run_dir"), given.get("stage1_dir")
+    if not sections:
+        return load_run(_named_file(given), *places)
+    values, name, label, _ = _from_sections(sections)
+    return _run(values, name, label, *places)
+
+
+def study_from_notebook(namespace: dict[str, Any]) -> Study:
+    """The study that a notebook's parameter cells ask for, as from_notebook; they may set reports_dir."""
+    known = set(schema.StudyParams.model_fields) | set(schema.RunParams.model_fields)
+    given, sections = _notebook(namespace, _STUDY_NAMES, known)
+    reports_dir = given.get("reports_dir") or "reports"
+    if not sections:
+        return load_study(_named_file(given), given.get("overrides"), reports_dir)
+    values, name, label, file = _from_sections(sections)
+    return _study(values, name, label, file, given.get("overrides"), reports_dir)
+
+
+def _named_file(given: Mapping[str, Any]) -> str:
+    if not isinstance(given.get("params_file"), str):
+        raise ParamsError(f"params_file = {given.get('params_file')!r} must name a file, e.g. 'params/smoke.yaml'")
+    return given["params_file"]
+
+
+def _from_sections(sections: dict[str, Any]) -> tuple[_Values, str, str, Path | None]:
+    """Values of the sections that papermill -f wrote; name, label and place of their file where it is one of ours."""
+    for file in sorted((root() / "params").rglob("*.yaml")):
+        try:
+            same = _read(file)[0] == sections
+        except ParamsError:
+            continue  # a broken file that this notebook does not use
+        if same:
+            return _Values().add_file(file), file.stem, _label(file), file
+    values = _Values()
+    values.add_used(sections.pop("use", []), None)
+    values.merge(sections, lambda path: "notebook")
+    return values, "notebook", "notebook", None
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """What one parameter cell assigned."""
+
+    values: dict[str, Any]
+    faults: dict[str, str]
+    """Name -> the expression that it was given where only a plain value will do."""
+    injected: bool
+    """Written by papermill, after the notebook's own parameter cell."""
+
+    @property
+    def names(self) -> set[str]:
+        return {*self.values, *self.faults}
+
+
+def _notebook(namespace: dict[str, Any], names: Sequence[str], sections: set[str]) -> tuple[dict, dict]:
+    """(parameters by name, sections of a run or study file) that the notebook's parameter cells assigned."""
+    history = namespace.get("In")
+    known = {*names, *sections, "use"}
+    if not isinstance(history, list):  # no IPython: a script
+        cells: list[_Cell] = [_literal_globals(namespace, known)]
+    else:
+        seen, earlier = namespace.get(_STATE, (0, []))
+        seen, earlier = (seen, earlier) if seen <= len(history) else (0, [])  # %reset emptied the history
+        fresh = (_parameter_cell(source, names, known, first=seen == 0) for source in history[seen:])
+        cells = [*earlier, *(cell for cell in fresh if cell)]
+        namespace[_STATE] = (len(history), cells)
+    _raise_strays(cells, names, known)
+    given: dict[str, Any] = {}
+    file: dict[str, Any] = {}
+    for cell in cells:
+        own = {key for key in known & cell.values.keys() if key not in names or _is_study_key(key, cell, names)}
+        given |= {key: value for key, value in cell.values.items() if key in names and key not in own}
+        if own:
+            file |= {key: cell.values[key] for key in cell.values if key in own}
+        elif "params_file" in cell.values:  # a file named after sections were written wins over them
+            file = {}
+    return given, file
+
+
+def _is_study_key(key: str, cell: _Cell, names: Sequence[str]) -> bool:
+    """`overrides` beside `arms` is the study file's own, below its arms; else it is the notebook's, above them."""
+    return key == "overrides" and "reports_dir" in names and not {"arms", "run_file", "use"}.isdisjoint(cell.values)
+
+
+def _parameter_cell(source: str, names: Sequence[str], known: set[str], first: bool) -> _Cell | None:
+    try:
+        body = ast.parse(source).body
+    except SyntaxError:  # a magic or a shell line
+        return None
+    injected = source.lstrip().startswith("# Parameters")
+    cell, pure = _Cell({}, {}, injected), True
+    for node in body:
+        target = node.targets[0] if isinstance(node, ast.Assign) and len(node.targets) == 1 else None
+        if not isinstance(target, ast.Name):
+            pure = False
+            continue
+        try:
+            cell.values[target.id] = ast.literal_eval(node.value)
+        except ValueError:
+            cell.faults[target.id] = ast.unparse(node.value)
+            pure = pure and not any(isinstance(part, ast.Call) for part in ast.walk(node.value))
+    if not pure and not injected:  # code: only what can be nothing but a parameter counts
+        cell = _Cell({key: value for key, value in cell.values.items() if key in names}, {}, injected)
+    # After the first call, cells explore: a lone `seed = 3` there is a name of the notebook's own.
+    sure = any(key in (*names, "use") or isinstance(cell.values.get(key), dict) for key in known & cell.names)
+    return cell if cell.names and (first or injected or sure) else None
+
+
+def _literal_globals(namespace: Mapping[str, Any], known: set[str]) -> _Cell:
+    literals = {}
+    for key, value in namespace.items():
+        try:
+            if not key.startswith("_") and ast.literal_eval(repr(value)) == value:
+                literals[key] = value
+        except (ValueError, SyntaxError):
+            continue  # a module, a function: not a parameter
+    close = (key for key in literals if difflib.get_close_matches(key, known, n=1, cutoff=0.8))
+    return _Cell({key: literals[key] for key in close}, {}, injected=False)
+
+
+def _raise_strays(cells: Sequence[_Cell], names: Sequence[str], known: set[str]) -> None:
+    """Complain of what nothing reads, unless its cell has run again without it."""
+    live: list[_Cell] = []
+    for cell in cells:
+        for place, earlier in enumerate(live):
+            mended = {near for stray in earlier.names - known for near in difflib.get_close_matches(stray, known, 1)}
+            if earlier.injected == cell.injected and not (earlier.names | mended).isdisjoint(cell.names):
+                del live[place:]  # the same cell again: the parameters start over from here
+                break
+        live.append(cell)
+    faults = []
+    for cell in live:
+        if "params_file" in cell.values and not (known - set(names)).isdisjoint(cell.values):
+            faults.append("the parameters name a params_file and give a file's sections too: keep one of them")
+        for name in sorted(cell.names - known):
+            faults.append(f"{name}: nothing reads a parameter of this name{_nearest(name, known)}")
+        for name in sorted(cell.faults.keys() & known):
+            faults.append(f"{name} = {cell.faults[name]}: must be a plain value, not an expression")
+    if faults:
+        raise ParamsError("\n".join([*faults, f"(parameters: {', '.join(names)}; or the sections of a file)"]))

@@ -1,0 +1,240 @@
+"""A run's folder: tables, metrics, status and manifest. Each write is atomic: readers see the old file or the new."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "pandas", "snakemake", "papermill")
+
+
+class RunFolder:
+    """Where one stage of one run (or one job) keeps its results.
+
+    tables/NAME.parquet, metrics.jsonl (one record a step), values.json, manifest.json, status.json, model/.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def __repr__(self) -> str:
+        return f"RunFolder({str(self.path)!r}, {self.status['state']})"
+
+    def table(self, name: str) -> Path:
+        """The file of a table."""
+        return self.path / "tables" / f"{name}.parquet"
+
+    def write_table(self, name: str, frame: pd.DataFrame) -> Path:
+        """Keep a table, without its index."""
+        with atomic(self.table(name)) as file:
+            frame.to_parquet(file, index=False)
+        return self.table(name)
+
+    def read_table(self, name: str) -> pd.DataFrame:
+        """Raises: FileNotFoundError naming the tables that are there."""
+        import pandas as pd
+
+        if not self.table(name).is_file():
+            there = sorted(file.stem for file in self.table(name).parent.glob("*.parquet"))
+            raise FileNotFoundError(f"no table {name!r} in {self.path} (tables there: {there}; {self._standing()})")
+        return pd.read_parquet(self.table(name))
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Add one step's record. None where a step has no such number (no row of a loss, no validation).
+
+        Raises: ValueError naming the metric that is nan or infinite: a broken step must not pass for a result.
+        """
+        for name, value in record.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"metric {name} = {value} at step {record.get('step')}: must be finite")
+        self.path.mkdir(parents=True, exist_ok=True)
+        line = json.dumps(dict(record), allow_nan=False) + "\n"
+        with open(self.path / "metrics.jsonl", "ab", buffering=0) as file:  # one write call: a line or nothing
+            file.write(line.encode())
+
+    def read_metrics(self) -> pd.DataFrame:
+        """One row a step. Raises: FileNotFoundError where no step has been recorded."""
+        import pandas as pd
+
+        file = self.path / "metrics.jsonl"
+        if not file.is_file():
+            raise FileNotFoundError(f"no metrics.jsonl in {self.path} ({self._standing()})")
+        return pd.DataFrame(self.metrics_from(0)[0])
+
+    def metrics_from(self, offset: int) -> tuple[list[dict[str, Any]], int]:
+        """(records after `offset` bytes, the offset after them); a line that is still being written is left for later."""
+        file = self.path / "metrics.jsonl"
+        if not file.is_file():
+            return [], offset
+        with open(file, "rb") as stream:
+            stream.seek(offset)
+            whole, newline, _ = stream.read().rpartition(b"\n")
+        return [json.loads(line) for line in whole.splitlines()], offset + len(whole) + len(newline)
+
+    def write_json(self, name: str, value: Any) -> Path:
+        """Keep NAME.json. Raises: ValueError for nan or infinity."""
+        with atomic(self.path / f"{name}.json") as file:
+            file.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        return self.path / f"{name}.json"
+
+    def read_json(self, name: str) -> Any:
+        return json.loads((self.path / f"{name}.json").read_text(encoding="utf-8"))
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """{state: absent | running | done | failed, message, ...}."""
+        try:
+            return self.read_json("status")
+        except FileNotFoundError:
+            return {"state": "absent", "message": "nothing has run here"}
+
+    def set_status(self, state: str, message: str = "", **facts: Any) -> None:
+        self.write_json("status", {"state": state, "message": message, **facts})
+
+    def _standing(self) -> str:
+        return f"{self.status['state']}: {self.status['message'] or 'no message'}"
+
+    def write_manifest(self, **facts: Any) -> None:
+        """Keep what these results were made with: `provenance()` and the caller's own facts."""
+        self.write_json("manifest", {**provenance(), **facts})
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def atomic(file: Path) -> Iterator[Path]:
+    """A place to write to, beside `file`, that takes its name once the block has ended without an error."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    os.close(handle)
+    try:
+        yield Path(name)
+        os.chmod(name, 0o644)
+        os.replace(name, file)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def hash_file(file: Path) -> str:
+    """sha256 of a file's content, in hex."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def hash_files(files: Iterable[Path], base: Path) -> dict[str, str]:
+    """Path relative to `base` -> sha256, in order of name."""
+    return {str(file.relative_to(base)): hash_file(file) for file in sorted(files)}
+
+
+class InUse(RuntimeError):
+    """Another living process holds this folder."""
+
+
+@contextmanager
+def locked(file: Path, what: str) -> Iterator[int]:
+    """Hold a lock for the block; the system drops it when the process ends, however it ends.
+
+    Yields: the lock's file descriptor; a child that inherits it holds the lock too.
+    Raises: InUse, with the holder's process id.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(handle, 32, 0).decode().strip() or "unknown"
+            raise InUse(f"{what} is in use by process {holder}; wait for it, or end it") from error
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+        yield handle
+    finally:
+        os.close(handle)
+
+
+# --- provenance -------------------------------------------------------------------------------------------------------
+
+
+def provenance() -> dict[str, Any]:
+    """Commit, versions, hardware, command and peak memory. No environment variables: they hold secrets."""
+    return {
+        **_commit(),
+        "python": platform.python_version(),
+        "packages": versions(PACKAGES),
+        "hardware": hardware(),
+        "command": [_without_secret(word) for word in sys.argv],
+        "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+    }
+
+
+def versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """Installed versions, without importing the packages; None: not installed."""
+    from importlib import metadata
+
+    found: dict[str, str | None] = {}
+    for name in packages:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores that this process may use, memory in GiB, GPUs (name, memory)."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {"machine": platform.machine(), "cores": cores(), "memory_gib": round(memory, 1), "gpus": gpus()}
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def gpus() -> list[str]:
+    """Names of the NVIDIA GPUs that the driver shows, without importing torch."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    return [line.strip() for line in answer.stdout.splitlines() if line.strip()] if answer.returncode == 0 else []
+
+
+def _commit() -> dict[str, Any]:
+    """The library's commit, and whether tracked files differ from it; None outside a git checkout."""
+    here = Path(__file__).resolve().parents[1]
+
+    def git(*words: str) -> str | None:
+        try:
+            answer = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=False)
+        except FileNotFoundError:  # no git on this machine
+            return None
+        return answer.stdout.strip() if answer.returncode == 0 else None
+
+    if not (here / ".git").exists():  # an installed copy inside somebody else's checkout has no commit of its own
+        return {"commit": None, "dirty": None}
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
+
+
+def _without_secret(word: str) -> str:
+    """A word of the command line; a value whose name speaks of a secret is left out."""
+    return re.sub(r"(?i)([\w.-]*(?:key|token|secret|password)=).+", r"\1...", word)
