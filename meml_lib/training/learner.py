@@ -44,14 +44,12 @@ class Learner:
         # therefore works on float32 copies, which are rounded into the weights after each step.
         self._masters = [p.detach().float() if p.dtype != torch.float32 else p for _, p in self._named]
         self._optimizers = _optimizers(params, [n for n, _ in self._named], self._masters)
-        self._schedules = [
-            torch.optim.lr_scheduler.LambdaLR(o, lambda step: schedule(step, params, steps)) for o in self._optimizers
-        ]
+        self._steps, self._done = steps, 0
 
     @property
     def lr(self) -> float:
         """Of the step to come."""
-        return self._schedules[0].get_last_lr()[0]
+        return self.params.lr * schedule(self._done, self.params, self._steps)
 
     def update(self, parts: Sequence[Part], *, advance: bool = True) -> dict[str, float]:
         """Minimise sum over parts of weight * loss (eq. 10) by one optimiser step.
@@ -85,9 +83,7 @@ class Learner:
                 self.accelerator.backward(loss * parts[i].weight * self.accelerator.num_processes)
             losses[i] += loss.detach()
         grad_norm = self._step() if most else 0.0
-        if advance:
-            for schedule_ in self._schedules:
-                schedule_.step()
+        self._done += advance
         losses = self._over_processes(losses.tolist())
         counts = self._over_processes([len(rows) for rows, _ in weighed])
         record = {"loss": sum(part.weight * loss for part, loss in zip(parts, losses, strict=True))}
@@ -132,6 +128,8 @@ class Learner:
         if not math.isfinite(grad_norm):
             raise FloatingPointError(f"gradient norm is {grad_norm}; no step was taken. Try a lower lr or float32")
         for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr
             optimizer.step()
             optimizer.zero_grad()
         with torch.no_grad():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -148,4 +147,4 @@ def _table(rows: list[dict]) -> pd.DataFrame:
 
 if __name__ == "__main__":
     stage_name, values_file = sys.argv[1:]
-    run(stage_name, config.Run.model_validate_json(Path(values_file).read_text()))
+    run(stage_name, config.load_values(values_file))

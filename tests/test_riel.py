@@ -1,0 +1,208 @@
+"""Stage 2 on a model of 20,000 weights: what a step samples, credits, buffers and learns."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from meml_lib import schema
+from meml_lib.training import mef, riel
+from meml_lib.training.ask import ask
+from meml_lib.training.learner import Learner
+from meml_lib.training.policy import Policy
+
+ADAMW = schema.OptimizerParams(
+    name="adamw", lr=3e-3, weight_decay=0.0, warmup_steps=0, decay="constant", max_grad_norm=None
+)
+GRPO = schema.GrpoParams(weight=1.0, advantage="positive", scale="none", divide_by="constant")
+MUTUAL = schema.MutualParams(weight=0.1, form="forward_kl", divide_by="tokens")
+BUFFER = schema.BufferSftParams(weight=1.0, capacity=8, wrong_over=2, update="own_step", divide_by="tokens")
+SAMPLING = schema.SamplingParams(temperature=1.0, top_p=None, max_answer_tokens=24, rows_per_batch=64)
+
+
+def run_params(task, panel, *, seed=0, steps=3, **objective):
+    parts = {"grpo": GRPO, "mutual": MUTUAL, "buffer_sft": BUFFER} | objective
+    return schema.RunParams.model_construct(
+        task=task.params,
+        sampling=SAMPLING,
+        riel=schema.RielParams(
+            steps=steps,
+            questions_per_step=3,
+            rollouts_per_expert=4,
+            optimizer=ADAMW,
+            objective=schema.ObjectiveParams(**parts),
+            validate_every=None,
+            patience=None,
+        ),
+        seed=seed,
+    )
+
+
+def learner_of(policy, accelerator=None, *, steps=10):
+    accelerator = accelerator or Accelerator(cpu=True)
+    return Learner(policy, accelerator, ADAMW, steps=steps, max_answer_tokens=24, micro_batch_tokens=2000)
+
+
+@pytest.fixture(scope="module")
+def trained(task, panel):
+    """A policy after a short stage 1, right now and then, so that groups are mixed."""
+    from meml_lib import experts
+    from meml_lib.training import policy
+
+    words = [*task.words(), *(word for expert in panel for word in expert.system.split())]
+    size = schema.ScratchModelParams(
+        source="scratch", dtype="float32", hidden_size=48, layers=2, heads=2, mlp_size=96, max_positions=128
+    )
+    learned = policy.load(size, device="cpu", words=words, seed=0)
+    questions = task.questions("train")[:12]
+    rows = mef.rows_of(learned, panel, questions, experts.teacher_answers(task, panel, questions=questions))
+    params = schema.MefParams(
+        keep="all", epochs=None, steps=60, answers_per_step=18, optimizer=ADAMW, validate_every=None, patience=None
+    )
+    losses = [record["loss"] for record in mef.train(params, learner_of(learned, steps=60), rows, seed=0)]
+    assert losses[-1] < 0.6 * losses[0]
+    return learned
+
+
+def twin(policy):
+    return Policy(copy.deepcopy(policy.model), policy.tokenizer)
+
+
+def train(trained, task, panel, **options):
+    policy, p = twin(trained), run_params(task, panel, **options)
+    steps = list(riel.train(p, policy, learner_of(policy), task, panel))
+    return steps, torch.cat([w.detach().flatten() for w in policy.model.parameters()])
+
+
+def test_every_rollout_of_a_group_has_a_draw_of_its_own(policy, task, panel):
+    questions = task.questions("train")[:2]
+    asked = ask(policy, task, panel, questions, SAMPLING, rollouts=4, key=(0, 0))
+    for groups in asked.rollouts_BEG:
+        for group in groups:
+            assert len({rollout.tokens for rollout in group}) == 4
+    again = ask(policy, task, panel, questions, SAMPLING, rollouts=4, key=(0, 0))
+    other = ask(policy, task, panel, questions, SAMPLING, rollouts=4, key=(1, 0))
+    assert again.rows == asked.rows
+    assert other.rows != asked.rows
+
+
+def test_asked_rows_and_rewards_stand_in_question_expert_rollout_order(policy, task, panel):
+    questions = task.questions("train")[:2]
+    asked = ask(policy, task, panel, questions, SAMPLING, rollouts=2, key=(0,))
+    keys = [(row["question_id"], row["expert"], row["sample"]) for row in asked.rows]
+    assert keys == [(q.id, e.name, g) for q in questions for e in panel for g in range(2)]
+    assert asked.rewards_BEG.shape == (2, 3, 2)
+    for row, rollout in zip(asked.rows, (r for groups in asked.rollouts_BEG for g in groups for r in g), strict=True):
+        assert row["text"] == policy.text(rollout.tokens) and row["tokens"] == len(rollout.tokens)
+
+
+def test_a_truncated_answer_is_unreadable_whatever_it_holds(policy, task, panel, monkeypatch):
+    question = task.questions("train")[0]
+    monkeypatch.setattr(policy, "text", lambda tokens: question.rationale)
+    asked = ask(policy, task, panel, [question], SAMPLING, rollouts=8, key=(0,))
+    assert {row["ended"] for row in asked.rows} == {True, False}
+    for row in asked.rows:
+        assert row["correct"] is (True if row["ended"] else None)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(trained, task, panel):
+    (steps, weights), (again, same), (_, other) = (
+        train(trained, task, panel, seed=0),
+        train(trained, task, panel, seed=0),
+        train(trained, task, panel, seed=1),
+    )
+    assert torch.equal(weights, same) and not torch.equal(weights, other)
+    assert [s.rollouts for s in steps] == [s.rollouts for s in again]
+
+
+def test_metrics_count_groups_by_question_and_expert(panel):
+    rewards = [[1, 1], [1, 0], [0, 0]], [[0, 0], [0, 0], [0, 0]]
+    rows = [
+        {"correct": bool(reward) if reward else None, "tokens": 5, "ended": True}
+        for question in rewards
+        for group in question
+        for reward in group
+    ]
+    summary = riel.summary(rows, panel, 2)
+    expected = {"groups_all_right": 1 / 6, "groups_mixed": 1 / 6, "groups_all_wrong": 4 / 6, "questions_all_wrong": 1 / 2}
+    assert {name: summary[name] for name in expected} == pytest.approx(expected)
+    assert [summary[f"reward/{e.name}"] for e in panel] == pytest.approx([0.5, 0.25, 0.0])
+    assert summary["unreadable"] == 9 / 12
+
+
+def test_the_buffer_fills_flushes_and_teaches_ground_truth(trained, task, panel):
+    steps, weights = train(trained, task, panel, steps=4)
+    flushes = [s.metrics["buffer_flushes"] for s in steps]
+    kept = sum(s.metrics["rows/buffer_sft"] for s in steps) + steps[-1].metrics["buffer_size"]
+    offers = sum(
+        sum(row["correct"] is not True for row in s.rollouts[start : start + 4]) > 2
+        for s in steps
+        for start in range(0, len(s.rollouts), 4)
+    )
+    assert flushes[-1] >= 1
+    assert 0.2 * offers < kept < 0.9 * offers  # each kept with chance 2 / 4
+    for step in steps:
+        flushed = step.metrics["rows/buffer_sft"] > 0
+        assert flushed == ("grad_norm/buffer_sft" in step.metrics)
+        assert step.metrics["buffer_size"] < BUFFER.capacity
+    _, without = train(trained, task, panel, steps=4, buffer_sft=None)
+    assert not torch.equal(weights, without)
+
+
+def test_in_the_sum_the_buffer_takes_no_step_of_its_own(trained, task, panel):
+    own, _ = train(trained, task, panel, steps=2)
+    summed, _ = train(trained, task, panel, steps=2, buffer_sft=BUFFER.model_copy(update={"update": "in_sum"}))
+    first_flush = next(i for i, s in enumerate(own) if s.metrics["rows/buffer_sft"])
+    assert summed[first_flush].metrics["rows/buffer_sft"] == own[first_flush].metrics["rows/buffer_sft"]
+    assert "grad_norm/buffer_sft" not in summed[first_flush].metrics
+
+
+@pytest.mark.parametrize("form", ["forward_kl", "k2", "token_kl", "literal"])
+def test_mutual_learning_moves_the_worst_expert_as_its_form_says(trained, task, panel, form):
+    """One step of mutual learning alone: O+ becomes likelier under the worst expert, or less likely if literal."""
+    from meml_lib.training import losses
+
+    policy = twin(trained)
+    questions = task.questions("train")[:12]
+    asked = ask(policy, task, panel, questions, SAMPLING, rollouts=4, key=(0, 0))
+    experts = riel.best_and_worst(asked.rewards_BEG, torch.rand(12, 3))
+    options = MUTUAL.model_copy(update={"form": form, "weight": 1.0})
+    part = losses.mutual(options, asked.rewards_BEG, asked.rollouts_BEG, asked.prompts_BE, experts)
+    rows = [r.row for r in part.rows]
+    assert rows, "the fixture's policy must have a best expert on some question"
+
+    def likelihood():
+        policy.model.eval()
+        with torch.no_grad():
+            logp_NT, mask_NT = policy.score(rows)
+        return logp_NT[mask_NT].mean().item()
+
+    before = likelihood()
+    learner = Learner(
+        policy, Accelerator(cpu=True), ADAMW.model_copy(update={"lr": 1e-4}), steps=1, max_answer_tokens=24, micro_batch_tokens=400
+    )
+    record = learner.update([part])
+    assert record["rows/mutual"] == len(rows)
+    assert (likelihood() > before) is (form != "literal")
+
+
+def test_two_processes_make_the_update_of_one(tmp_path):
+    """Same global batch over 1 and 2 processes: the same rollouts, buffer and weights (float32, AdamW)."""
+    script = Path(__file__).with_name("riel_over_processes.py")
+    results = []
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}.pt"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(script), str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=script.parent.parent)
+        assert done.returncode == 0, done.stderr[-3000:]
+        results.append(torch.load(out, weights_only=True))
+    one, two = results
+    assert one["processes"] == 1 and two["processes"] == 2
+    assert one["texts"] == two["texts"]
+    assert one["buffer"] == two["buffer"] and one["flushes"] == two["flushes"] >= 1
+    assert (one["weights"] - two["weights"]).norm() / one["weights"].norm() < 1e-5
+    assert (one["weights"] - one["start"]).norm() / one["weights"].norm() > 1e-3

@@ -1,0 +1,122 @@
+"""The engine's conformance test: what transformers' generate says, what the scorer says, and draws that keep to their key."""
+
+import numpy as np
+import pytest
+import torch
+
+from meml_lib.rollouts import native, uniforms
+from meml_lib.training.policy import Row
+
+
+@pytest.fixture
+def prompts(policy, task, panel):
+    """Unequal lengths, and one prompt that stands twice."""
+    ids = [policy.prompt_ids(panel[i % 3].system, q.text) for i, q in enumerate(task.questions("train")[:5])]
+    return [*ids, ids[0]]
+
+
+def sample(policy, prompts, *, temperature=1.0, top_p=None, keys=None, limit=24, rows_per_batch=99, end_ids=None):
+    uniform_NT = np.stack([uniforms("test", k, count=limit) for k in (keys or range(len(prompts)))])
+    policy.model.eval()
+    return native.sample(
+        policy.model,
+        prompts,
+        uniform_NT=uniform_NT,
+        end_ids=end_ids or policy.end_ids,
+        max_answer_tokens=limit,
+        rows_per_batch=rows_per_batch,
+        temperature=temperature,
+        top_p=top_p,
+    )
+
+
+def test_greedy_equals_generate(policy, prompts):
+    for prompt, rollout in zip(prompts, sample(policy, prompts, temperature=None), strict=True):
+        ids = torch.tensor([prompt])
+        out = policy.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
+        assert list(rollout.tokens) == out[0, len(prompt) :].tolist()
+
+
+def test_sampled_logp_equals_the_scorers(policy, prompts):
+    for temperature, top_p in ((1.0, None), (0.7, 0.9)):
+        rollouts = sample(policy, prompts, temperature=temperature, top_p=top_p)
+        logp_NT, mask_NT = policy.score([Row(p, r.tokens) for p, r in zip(prompts, rollouts, strict=True)])
+        for n, rollout in enumerate(rollouts):
+            assert logp_NT[n][mask_NT[n]].tolist() == pytest.approx(list(rollout.logp), abs=1e-4)
+
+
+def test_draws_do_not_depend_on_batch_layout(policy, prompts):
+    whole = sample(policy, prompts)
+    split = sample(policy, prompts, rows_per_batch=2)
+    order = [3, 0, 5, 1]
+    some = sample(policy, [prompts[n] for n in order], keys=order)
+    assert [r.tokens for r in whole] == [r.tokens for r in split]
+    assert [whole[n].tokens for n in order] == [r.tokens for r in some]
+
+
+def test_rollouts_of_one_prompt_differ_and_repeat_with_their_key(policy, prompts):
+    first = sample(policy, [prompts[0]] * 8)
+    assert len({r.tokens for r in first}) == 8
+    assert first == sample(policy, [prompts[0]] * 8)
+
+
+def test_draws_follow_the_distribution():
+    logp = torch.tensor([[0.1, 0.6, 0.3]]).log().expand(20_000, 3)
+    uniform = torch.from_numpy(np.random.default_rng(0).random(20_000))
+    share = native.draw(logp, uniform, temperature=1.0, top_p=None).bincount() / 20_000
+    assert share.tolist() == pytest.approx([0.1, 0.6, 0.3], abs=0.015)
+    squared = native.draw(logp, uniform, temperature=0.5, top_p=None).bincount() / 20_000
+    assert squared.tolist() == pytest.approx([0.01 / 0.46, 0.36 / 0.46, 0.09 / 0.46], abs=0.015)
+
+
+def test_top_p_keeps_the_smallest_set_that_holds_the_mass():
+    logp = torch.tensor([[0.1, 0.6, 0.3]]).log().expand(2_000, 3)
+    uniform = torch.from_numpy(np.random.default_rng(0).random(2_000))
+    assert native.draw(logp, uniform, temperature=1.0, top_p=0.6).unique().tolist() == [1]
+    assert native.draw(logp, uniform, temperature=1.0, top_p=0.7).unique().tolist() == [1, 2]
+
+
+def test_the_largest_uniform_still_finds_a_token():
+    logp = torch.full((1, 50_000), 1 / 50_000).log()
+    below_one = torch.tensor([np.nextafter(1.0, 0.0)])
+    assert native.draw(logp, below_one, temperature=1.0, top_p=None).item() < 50_000
+
+
+def test_several_end_tokens_end_and_belong_to_the_answer(policy, prompts):
+    free = sample(policy, prompts, limit=12, end_ids=(len(policy.tokenizer) + 1,))
+    assert not any(r.ended for r in free) and all(len(r.tokens) == 12 for r in free)
+    stops = {free[0].tokens[3], free[1].tokens[5]}
+    stopped = sample(policy, prompts, limit=12, end_ids=tuple(stops))
+    for before, after in zip(free, stopped, strict=True):
+        hits = [t for t, token in enumerate(before.tokens) if token in stops]
+        assert after.ended == bool(hits)
+        assert after.tokens == (before.tokens[: hits[0] + 1] if hits else before.tokens)
+
+
+def test_entropy_is_the_policys_own(policy, prompts):
+    (rollout,) = sample(policy, prompts[:1])
+    logits_NTV, _, _ = policy.logits([Row(prompts[0], rollout.tokens)])
+    entropy = torch.distributions.Categorical(logits=logits_NTV).entropy().mean().item()
+    assert rollout.entropy == pytest.approx(entropy, abs=1e-4)
+
+
+def test_bad_input_is_named(policy, prompts):
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        sample(policy, [prompts[0], ()])
+    with pytest.raises(ValueError, match=r"uniform_NT has shape \(1, 3\), want \(2, 24\)"):
+        native.sample(
+            policy.model,
+            prompts[:2],
+            uniform_NT=np.zeros((1, 3)),
+            end_ids=(0,),
+            max_answer_tokens=24,
+            rows_per_batch=1,
+            temperature=None,
+        )
+
+
+def test_uniforms_depend_on_every_part_of_the_key():
+    keys = [(0, 1, "q", "e", 2), (1, 1, "q", "e", 2), (0, 2, "q", "e", 2), (0, 1, "r", "e", 2), (0, 1, "q", "f", 2), (0, 1, "q", "e", 3)]
+    draws = [uniforms(*key, count=4).tolist() for key in keys]
+    assert len({tuple(d) for d in draws}) == len(keys)
+    assert draws[0] == uniforms(*keys[0], count=4).tolist()
