@@ -49,7 +49,8 @@ def locate(path: str | Path) -> Path:
     return path.absolute() if path.is_absolute() or path.exists() else root() / path
 
 
-def _label(file: Path) -> str:
+def label_of(file: Path) -> str:
+    """A path as people read it: from the project folder where it lies inside."""
     return str(file.relative_to(root())) if file.is_relative_to(root()) else str(file)
 
 
@@ -72,7 +73,7 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[_Path, int]]:
             for key, value in node.value:
                 here = (*path, str(key.value))
                 if here in lines:
-                    raise ParamsError(f"{_label(file)}:{key.start_mark.line + 1}: {'.'.join(here)} stands here twice")
+                    raise ParamsError(f"{label_of(file)}:{key.start_mark.line + 1}: {'.'.join(here)} stands here twice")
                 lines[here] = key.start_mark.line + 1
                 note(value, here)
 
@@ -80,9 +81,9 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[_Path, int]]:
         node = loader.get_single_node()
         values = {} if node is None else loader.construct_document(node)
     except yaml.YAMLError as error:
-        raise ParamsError(f"{_label(file)} is not YAML: {' '.join(str(error).split())}") from error
+        raise ParamsError(f"{label_of(file)} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise ParamsError(f"{_label(file)} must hold a mapping of sections; it holds a {type(values).__name__}")
+        raise ParamsError(f"{label_of(file)} must hold a mapping of sections; it holds a {type(values).__name__}")
     if node is not None:
         note(node, ())
     return values, lines
@@ -97,8 +98,8 @@ def _find(name: str, beside: Path | None) -> Path:
         if (place / name).is_file():
             return (place / name).resolve()
     known = [str(file.relative_to(place)) for place in places for file in sorted(place.rglob("*.yaml"))]
-    by = f"{_label(beside)}: " if beside else ""
-    raise ParamsError(f"{by}no file {name!r} in {_label(places[0])}/{_nearest(name, known)}")
+    by = f"{label_of(beside)}: " if beside else ""
+    raise ParamsError(f"{by}no file {name!r} in {label_of(places[0])}/{_nearest(name, known)}")
 
 
 def _kinds(annotation: Any) -> list[type[BaseModel]]:
@@ -136,15 +137,15 @@ class _Values:
     def add_file(self, file: Path, chain: tuple[Path, ...] = ()) -> _Values:
         """Add what a file uses, then the file itself."""
         if file in chain:
-            raise ParamsError("files use each other in a circle: " + " -> ".join(_label(f) for f in (*chain, file)))
+            raise ParamsError("files use each other in a circle: " + " -> ".join(label_of(f) for f in (*chain, file)))
         values, lines = _read(file)
         self.add_used(values.pop("use", []), file, chain)
-        self.merge(values, lambda path: f"{_label(file)}:{lines.get(path, 1)}")
+        self.merge(values, lambda path: f"{label_of(file)}:{lines.get(path, 1)}")
         return self
 
     def add_used(self, used: Any, file: Path | None, chain: tuple[Path, ...] = ()) -> None:
         if not isinstance(used, list) or not all(isinstance(name, str) for name in used):
-            place = _label(file) if file else "notebook"
+            place = label_of(file) if file else "notebook"
             raise ParamsError(f"{place}: use = {used!r} must be a list of files in params/")
         for name in used:
             self.add_file(_find(name, file), (*chain, file) if file else chain)
@@ -189,10 +190,11 @@ def _copy(value: Any) -> Any:
     return {key: _copy(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def _leaves(value: Any, path: _Path = ()) -> Iterable[tuple[_Path, Any]]:
+def leaves(value: Any, path: _Path = ()) -> Iterable[tuple[_Path, Any]]:
+    """(path, value) of everything in nested mappings that is no mapping itself."""
     if isinstance(value, Mapping) and value:
         for key, item in value.items():
-            yield from _leaves(item, (*path, str(key)))
+            yield from leaves(item, (*path, str(key)))
     else:
         yield path, value
 
@@ -225,8 +227,8 @@ def _checked(section: type[BaseModel], values: _Values, label: str) -> Any:
     faults = []
     try:
         checked = section.model_validate(values.tree)
-        as_checked = dict(_leaves(checked.model_dump()))
-        for path, value in _leaves(values.tree):  # pydantic would read true as 1
+        as_checked = dict(leaves(checked.model_dump()))
+        for path, value in leaves(values.tree):  # pydantic would read true as 1
             if _has_bool(value) and not _has_bool(as_checked[path]):
                 faults.append(f"{values.origins[path]}: {'.'.join(path)} = {value}: must not be a yes/no value")
     except ValidationError as error:
@@ -327,7 +329,7 @@ class Run(schema.RunParams):
 
     def rows(self) -> list[tuple[str, Any, str]]:
         """(dotted key, value, source) of every value."""
-        paths = [(".".join(path), value) for path, value in _leaves(self.values())]
+        paths = [(".".join(path), value) for path, value in leaves(self.values())]
         return [(key, value, self.sources.get(key, "default")) for key, value in paths]
 
     def _repr_html_(self) -> str:
@@ -336,7 +338,7 @@ class Run(schema.RunParams):
             for key, value, source in self.rows()
         )
         return (
-            f"<p><b>{html.escape(self.params_file)}</b>, seed {self.seed}, in {html.escape(_label(self.run_dir))}</p>"
+            f"<p><b>{html.escape(self.params_file)}</b>, seed {self.seed}, in {html.escape(label_of(self.run_dir))}</p>"
             '<details open><summary>values</summary><table style="font-size:85%">'
             f"<tr><th>key</th><th>value</th><th>from</th></tr>{''.join(cells)}</table></details>"
         )
@@ -363,7 +365,7 @@ def load_run(
     Raises: ParamsError naming file and line, key, value, bound and the nearest right name.
     """
     path = _params_file(file)
-    return _run(_Values().add_file(path), path.stem, _label(path), overrides, run_dir, stage1_dir)
+    return _run(_Values().add_file(path), path.stem, label_of(path), overrides, run_dir, stage1_dir)
 
 
 def load_values(file: str | Path) -> Run:
@@ -386,7 +388,7 @@ def _run(values: _Values, name: str, label: str, overrides: Overrides | None, ru
         params_file=label,
         run_dir=root() / (run_dir or f"reports/{name}/runs/{name}/seed-{checked.seed}"),
         stage1_dir=root() / stage1_dir if stage1_dir else None,
-        sources={".".join(path): values.origins.get(path, "default") for path, _ in _leaves(checked.model_dump())},
+        sources={".".join(path): values.origins.get(path, "default") for path, _ in leaves(checked.model_dump())},
     )
 
 
@@ -401,6 +403,7 @@ class Study(schema.StudyParams):
     folder: Path
     run_params_file: str
     """The run file, as a notebook takes it."""
+    _given: dict[str, Any] = PrivateAttr()
     _base: _Values = PrivateAttr()
     _origins: dict[_Path, str] = PrivateAttr()
     _extra: dict[str, Any] = PrivateAttr()
@@ -438,6 +441,11 @@ class Study(schema.StudyParams):
             groups[key][1].append(arm)
         return {name: tuple(arms) for name, arms in groups.values()}
 
+    def parameters(self) -> dict[str, Any]:
+        """What a study's notebook takes."""
+        reports_dir = label_of(self.folder.parent)
+        return {"params_file": self.params_file, "overrides": self._given, "reports_dir": reports_dir}
+
     def overrides_of(self, arm: str | None, seed: int) -> dict[str, Any]:
         """Dotted key -> value that make an arm's run out of the run file; later wins."""
         merged: dict[str, Any] = {}
@@ -464,7 +472,7 @@ class Study(schema.StudyParams):
         )
         return (
             f"<p><b>{html.escape(self.title)}</b>: {html.escape(self.params_file)} over "
-            f"{html.escape(self.run_params_file)}, seeds {list(self.seeds)}, in {html.escape(_label(self.folder))}</p>"
+            f"{html.escape(self.run_params_file)}, seeds {list(self.seeds)}, in {html.escape(label_of(self.folder))}</p>"
             f'<table style="font-size:85%"><tr><th>arm</th><th>label</th><th>what differs</th></tr>{rows}</table>'
         )
 
@@ -478,7 +486,7 @@ def load_study(file: str | Path, overrides: Overrides | None = None, reports_dir
     Raises: ParamsError naming file and line, key, value, bound and the nearest right name.
     """
     path = _params_file(file)
-    return _study(_Values().add_file(path), path.stem, _label(path), path, overrides, reports_dir)
+    return _study(_Values().add_file(path), path.stem, label_of(path), path, overrides, reports_dir)
 
 
 def _study(
@@ -493,7 +501,7 @@ def _study(
         values.set(own, lambda key: "override")
         checked = _checked(schema.StudyParams, values, label)
         run_file = _find(checked.run_file, file)
-        base, run_label = _Values().add_file(run_file), _label(run_file)
+        base, run_label = _Values().add_file(run_file), label_of(run_file)
     else:
         base, run_label = values, label
         seed = extra.pop("seed", values.tree.get("seed", 0))
@@ -505,7 +513,7 @@ def _study(
         **{key: getattr(checked, key) for key in fields},
         params_file=label, name=name, folder=root() / reports_dir / name, run_params_file=run_label,
     )  # fmt: skip
-    study._base, study._origins, study._extra = base, values.origins, extra
+    study._given, study._base, study._origins, study._extra = _overrides(given), base, values.origins, extra
     study.base_run()
     study.stage1_groups()  # composes and checks every arm
     return study
@@ -560,7 +568,7 @@ def _from_sections(sections: dict[str, Any]) -> tuple[_Values, str, str, Path | 
         except ParamsError:
             continue  # a broken file that this notebook does not use
         if same:
-            return _Values().add_file(file), file.stem, _label(file), file
+            return _Values().add_file(file), file.stem, label_of(file), file
     values = _Values()
     values.add_used(sections.pop("use", []), None)
     values.merge(sections, lambda path: "notebook")

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
 
+_SELF_AND_CHILDREN = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "pandas", "snakemake", "papermill")
 
 
@@ -80,13 +82,8 @@ class RunFolder:
 
     def metrics_from(self, offset: int) -> tuple[list[dict[str, Any]], int]:
         """(records after `offset` bytes, the offset after them); a line that is still being written is left for later."""
-        file = self.path / "metrics.jsonl"
-        if not file.is_file():
-            return [], offset
-        with open(file, "rb") as stream:
-            stream.seek(offset)
-            whole, newline, _ = stream.read().rpartition(b"\n")
-        return [json.loads(line) for line in whole.splitlines()], offset + len(whole) + len(newline)
+        lines, offset = lines_from(self.path / "metrics.jsonl", offset)
+        return [json.loads(line) for line in lines], offset
 
     def write_json(self, name: str, value: Any) -> Path:
         """Keep NAME.json. Raises: ValueError for nan or infinity."""
@@ -133,6 +130,16 @@ def atomic(file: Path) -> Iterator[Path]:
         Path(name).unlink(missing_ok=True)
 
 
+def lines_from(file: Path, offset: int) -> tuple[list[str], int]:
+    """(whole lines after `offset` bytes, the offset after them) of a file that may still grow, or not exist yet."""
+    if not file.is_file():
+        return [], offset
+    with open(file, "rb") as stream:
+        stream.seek(offset)
+        whole, newline, _ = stream.read().rpartition(b"\n")
+    return whole.decode(errors="replace").splitlines(), offset + len(whole) + len(newline)
+
+
 def hash_file(file: Path) -> str:
     """sha256 of a file's content, in hex."""
     with open(file, "rb") as stream:
@@ -149,23 +156,27 @@ class InUse(RuntimeError):
 
 
 @contextmanager
-def locked(file: Path, what: str) -> Iterator[int]:
+def locked(file: Path, what: str, wait_s: float = 0.0) -> Iterator[None]:
     """Hold a lock for the block; the system drops it when the process ends, however it ends.
 
-    Yields: the lock's file descriptor; a child that inherits it holds the lock too.
-    Raises: InUse, with the holder's process id.
+    Raises: InUse, with the holder's process id, if it is still held after wait_s seconds.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.pread(handle, 32, 0).decode().strip() or "unknown"
-            raise InUse(f"{what} is in use by process {holder}; wait for it, or end it") from error
+        until = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= until:
+                    holder = os.pread(handle, 32, 0).decode().strip() or "unknown"
+                    raise InUse(f"{what} is in use by process {holder}; wait for it, or end it") from error
+            time.sleep(0.2)
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
-        yield handle
+        yield
     finally:
         os.close(handle)
 
@@ -181,7 +192,7 @@ def provenance() -> dict[str, Any]:
         "packages": versions(PACKAGES),
         "hardware": hardware(),
         "command": [_without_secret(word) for word in sys.argv],
-        "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak_memory_mib": max(resource.getrusage(who).ru_maxrss for who in _SELF_AND_CHILDREN) // 1024,
     }
 
 

@@ -1,0 +1,242 @@
+"""Train one stage: here or in processes of its own, with its result kept until something that it depends on changes."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from meml_lib import config, runs
+from meml_lib.pipeline import keys, outputs, processes
+from meml_lib.runs import RunFolder
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+HEADLESS = "MEML_HEADLESS"
+"""Environment variable that `execute` sets: inside a kernel nothing else tells that nobody watches."""
+LOG_EVERY_S = 5.0
+CURVE_EVERY_S = 3.0
+
+
+def train(stage: config.Stage, p: config.Run) -> pd.DataFrame:
+    """Train a stage unless its folder holds the result already; the metrics, one row a step.
+
+    Raises: whatever the training raises; FileNotFoundError or RuntimeError where stage 2 finds no fitting stage 1;
+      runs.InUse if another process trains in this folder.
+    """
+    folder = RunFolder(p.folder(stage))
+    with runs.locked(folder.path.parent / f".{folder.path.name}.lock", str(folder.path)):
+        if stage == "riel":
+            _check_stage1(p)
+        parts = keys.stage_parts(stage, p)
+        status = folder.status
+        why = keys.reasons(status.get("parts"), parts)
+        if status["state"] == "done" and not why:
+            why = outputs.stage_faults(stage, p)
+            if not why:
+                print(f"{stage}: nothing to train, {folder.path} holds this result ({status['message']})")
+                return folder.read_metrics()
+        elif status["state"] in ("running", "failed"):
+            why = [f"the last training did not end well ({status['message'] or status['state']})", *why]
+        print(f"{stage}: training in {folder.path}, because " + "; ".join(why[:8]) + ("; ..." if why[8:] else ""))
+        _clear_aside(folder)
+        folder.write_json("values", p.model_dump(mode="json"))
+        folder.set_status("running", f"process {os.getpid()} is training", parts=parts)
+        started = time.monotonic()
+        try:
+            with _Display(stage, p, folder) as display:
+                if p.hardware.processes == 1:
+                    from meml_lib.training import stage as stages
+
+                    stages.run(stage, p, display.show)
+                else:
+                    _train_in_processes(stage, p, folder, display.show)
+            faults = outputs.stage_faults(stage, p)
+            if faults:
+                raise RuntimeError(f"{stage} ended, but its results are not complete: " + "; ".join(faults))
+        except BaseException as error:
+            folder.set_status("failed", f"{type(error).__name__}: {error}", parts=parts)
+            raise
+        seconds = round(time.monotonic() - started, 1)
+        folder.write_manifest(stage=stage, seed=p.seed, inputs=parts["inputs"], wall_s=seconds)
+        folder.set_status("done", f"trained in {seconds:g} s", parts=parts)
+        return folder.read_metrics()
+
+
+def _check_stage1(p: config.Run) -> None:
+    """Stage 2 must not go on from a stage 1 that other values made."""
+    folder = RunFolder(p.folder("mef"))
+    status = folder.status
+    if status["state"] != "done":
+        raise FileNotFoundError(
+            f"stage 1 in {folder.path} is {status['state']} ({status['message']}); "
+            "train it first: notebook 02_mef, or launch.train('mef', p)"
+        )
+    parts = keys.stage_parts("mef", p)
+    why = keys.reasons(status["parts"], parts | {"code": status["parts"]["code"]})
+    if why:
+        raise RuntimeError(
+            f"stage 1 in {folder.path} was trained with other values ({'; '.join(why)}); "
+            "train it again: notebook 02_mef, or launch.train('mef', p)"
+        )
+    if status["parts"]["code"] != parts["code"]:
+        print(f"note: code has changed since stage 1 in {folder.path} was trained")
+
+
+def _clear_aside(folder: RunFolder) -> None:
+    """Make way: the last complete result is kept as NAME.old, an incomplete one is removed."""
+    if not folder.path.exists() or not any(folder.path.iterdir()):
+        return
+    state = folder.status["state"]
+    if state == "absent":
+        raise RuntimeError(f"{folder.path} holds files that no training wrote; give another run_dir, or move them")
+    if state != "done":
+        shutil.rmtree(folder.path)
+        return
+    old = folder.path.with_name(f"{folder.path.name}.old")
+    if old.exists():
+        shutil.rmtree(old)
+    folder.path.rename(old)
+
+
+# --- in processes of their own ----------------------------------------------------------------------------------------
+
+
+def _train_in_processes(stage: str, p: config.Run, folder: RunFolder, show: Callable[[dict], None]) -> None:
+    """Start one process a rank, pass rank 0's lines on, and end them all if anything goes wrong here or there."""
+    logs = folder.path / "logs"
+    logs.mkdir()
+    threads = str(p.hardware.threads or max(1, runs.cores() // p.hardware.processes))
+    process = subprocess.Popen(
+        _command(p, logs, ["-m", "meml_lib.training.stage", stage, str(folder.path / "values.json")]),
+        stdout=open(logs / "launcher.log", "wb"),
+        stderr=subprocess.STDOUT,
+        env=os.environ | {"OMP_NUM_THREADS": threads},
+        start_new_session=True,  # a group of its own, that can be ended as one
+        preexec_fn=processes.end_with_parent,
+    )
+    seen = read = 0
+    try:
+        ended = False
+        while not ended:
+            time.sleep(0.2)
+            ended = process.poll() is not None
+            records, seen = folder.metrics_from(seen)
+            for record in records:
+                show(record)
+            lines, read = runs.lines_from(logs / "launcher.log", read)
+            for line in lines:
+                if line.startswith("[default0]:"):
+                    print(line.removeprefix("[default0]:"))
+    finally:
+        processes.end_group(process)
+    if process.returncode:
+        raise RuntimeError(_first_failure(logs, process.returncode))
+
+
+def _command(p: config.Run, logs: Path, worker: list[str]) -> list[str]:
+    count, port = str(p.hardware.processes), str(_free_port())
+    if p.hardware.device == "cpu" or not runs.gpus():  # accelerate's --cpu --num_processes 2 starts one process
+        options = ["--nproc-per-node", count, "--master-addr", "127.0.0.1", "--master-port", port]
+        return [sys.executable, "-m", "torch.distributed.run", *options, "--tee", "3", "--log-dir", str(logs), *worker]
+    options = ["--main_process_port", port, "--tee", "3", "--log_dir", str(logs)]
+    if p.hardware.accelerate_config:
+        options += ["--config_file", str(config.locate(p.hardware.accelerate_config))]
+    else:
+        options += ["--multi_gpu", "--num_processes", count, "--num_machines", "1"]
+        options += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    return [sys.executable, "-m", "accelerate.commands.launch", *options, *worker]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _first_failure(logs: Path, code: int) -> str:
+    """The message of the rank that failed first: what the other ranks say is only that it is gone."""
+    launcher = (logs / "launcher.log").read_text(encoding="utf-8", errors="replace")
+    cause = re.search(r"Root Cause.*?rank\s*:\s*(\d+)", launcher, re.DOTALL)
+    rank = cause.group(1) if cause else "0"
+    own = "".join(file.read_text(errors="replace") for file in logs.glob(f"**/{rank}/stderr.log"))
+    tail = "\n".join((own or launcher).splitlines()[-15:])
+    return f"training ended with exit code {code}; rank {rank} failed first ({logs}):\n{tail}"
+
+
+# --- what a person sees -----------------------------------------------------------------------------------------------
+
+
+class _Display:
+    """A bar and a curve where a person watches; a line every few seconds where nobody does."""
+
+    def __init__(self, stage: config.Stage, p: config.Run, folder: RunFolder):
+        self._stage, self._folder = stage, folder
+        self._total = p.mef.steps if stage == "mef" else p.riel.steps
+        self._order = p.experts.panel
+        self._curve_at = time.monotonic()
+        self._line_at = self._first_at = 0.0
+        self._last: dict[str, Any] | None = None
+        self._bar: Any = None
+        self._curve: Any = None
+
+    def __enter__(self) -> _Display:
+        in_kernel = _in_kernel()
+        if os.environ.get(HEADLESS) or not (in_kernel or sys.stderr.isatty()):
+            return self
+        from tqdm.auto import tqdm
+
+        self._bar = tqdm(total=self._total, desc=self._stage, unit="step")
+        if in_kernel:
+            from IPython.display import display
+
+            self._curve = display(display_id=True)
+        return self
+
+    def show(self, record: dict[str, Any]) -> None:
+        self._last, now = record, time.monotonic()
+        self._first_at = self._first_at or now
+        if self._bar is not None:
+            self._bar.set_postfix_str(_numbers(record), refresh=False)
+            self._bar.update()
+        elif now - self._line_at >= LOG_EVERY_S:
+            self._line_at = now
+            self._print_line()
+        if self._curve is not None and now - self._curve_at >= CURVE_EVERY_S:
+            from meml_lib.analysis import figures
+
+            self._curve_at = now
+            self._curve.update(figures.curves(self._folder.read_metrics(), order=self._order))
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif self._last is not None:
+            self._print_line()
+        if self._curve is not None:  # the notebook shows the finished curves itself
+            self._curve.update({}, raw=True)
+
+    def _print_line(self) -> None:
+        done, seconds = self._last["step"], time.monotonic() - self._first_at  # the first step also waits for start-up
+        of = f"/{self._total}" if self._total else ""
+        left = f", {(self._total - done - 1) * seconds / done:.0f} s left" if self._total and done else ""
+        print(f"{self._stage} step {done + 1}{of}{left}, {_numbers(self._last)}", flush=True)
+
+
+def _numbers(record: dict[str, Any]) -> str:
+    shown = ("reward", "loss", "validation_accuracy")
+    return ", ".join(f"{name} {record[name]:.3f}" for name in shown if record.get(name) is not None)
+
+
+def _in_kernel() -> bool:
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return shell is not None and hasattr(shell, "kernel")

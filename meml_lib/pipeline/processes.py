@@ -1,0 +1,46 @@
+"""Child processes that never outlive the one that started them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent(number: int = signal.SIGTERM) -> None:
+    """Have the system send this process a signal when its parent ends, even by SIGKILL (Linux only)."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, int(number))
+
+
+def killed_with_parent() -> None:
+    """As end_with_parent, for a process that would take its time."""
+    end_with_parent(signal.SIGKILL)
+
+
+def end_group(process: subprocess.Popen, patience_s: float = 15.0) -> None:
+    """End a process that was started in a session of its own, and all in it; with force after patience_s seconds."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:  # all gone
+            break
+        try:
+            process.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait()
+
+
+def sigterm_as_interrupt() -> None:
+    """Unwind on SIGTERM as on Ctrl-C, so that what was started is ended."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(f"signal {number}")
+
+    signal.signal(signal.SIGTERM, interrupt)
