@@ -227,7 +227,7 @@ class MefParams(Section):
     validate_every: PositiveInt | None
     """Steps between validations; null: none."""
     patience: PositiveInt | None
-    """Stop after this many validations without a better loss, and keep the best weights; null: off."""
+    """Stop after this many validations without a better mean accuracy, and keep the best weights; null: off."""
 
     @model_validator(mode="after")
     def _one_length(self):

@@ -1,0 +1,16 @@
+"""The paper: credit, buffer, losses, the update, and the two stages built of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from meml_lib.config import Run
+    from meml_lib.training.anatomy import Preview
+
+
+def preview(p: Run) -> Preview:
+    """See `anatomy.preview`; torch is imported only here."""
+    from meml_lib.training import anatomy
+
+    return anatomy.preview(p)

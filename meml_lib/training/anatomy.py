@@ -1,0 +1,101 @@
+"""What stage 2 is about to do, shown before it trains: a prompt, a graded rollout and a row of each loss."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from meml_lib import config, experts, tasks
+from meml_lib.training import losses, policy
+from meml_lib.training.ask import ask
+from meml_lib.training.credit import best_and_worst
+
+_COLOURS = {"prompt": "#e8e8e8", "answer": "#9fd3a8", "end": "#f2b36b"}
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Shows itself in a notebook; `rollouts` is the answers table of the question that is shown."""
+
+    rollouts: list[dict]
+    sections: list[tuple[str, str]]
+    """Heading and HTML."""
+
+    def _repr_html_(self) -> str:
+        parts = "".join(f"<h4>{html.escape(heading)}</h4>{body}" for heading, body in self.sections)
+        return f'<div style="max-width:60em">{parts}</div>'
+
+
+def preview(p: config.Run, *, questions: int = 4) -> Preview:
+    """Ask a few training questions with stage 1's model and build, without training, the rows of each loss.
+
+    Args: questions: how many are looked through for the first one on which the experts differ.
+    Raises: FileNotFoundError if stage 1 has not been trained.
+    """
+    task, panel = tasks.load(p.task), experts.load_panel(p.experts)
+    learned = policy.load_trained(p.folder("mef") / "model", p.model, device="cpu", seed=p.seed)
+    asked = ask(
+        learned, task, panel, task.questions("train")[:questions], p.sampling, rollouts=p.riel.rollouts_per_expert,
+        key=(p.seed, "preview"),
+    )  # fmt: skip
+    rewards_BEG = asked.rewards_BEG
+    experts_B = best_and_worst(rewards_BEG, torch.rand(rewards_BEG.shape[:2]))
+    shown = int(rewards_BEG.mean(-1).var(-1, correction=0).argmax()) if len(panel) > 1 else 0
+    question, group = task.questions("train")[shown], p.riel.rollouts_per_expert
+    rows = asked.rows[shown * len(panel) * group :][: len(panel) * group]
+
+    sections = [(f"Question {question.id}, gold answer {question.gold}", f"<p>{html.escape(question.text)}</p>")]
+    for e, expert in enumerate(panel):
+        first = rows[e * group]
+        verdict = {True: "right", False: "wrong", None: "unreadable"}[first["correct"]]
+        right = sum(row["correct"] is True for row in rows[e * group : (e + 1) * group])
+        body = (
+            f"<b>prompt</b>{_pre(learned.tokenizer.decode(asked.prompts_BE[shown][e]))}"
+            f"<b>first rollout</b>, read as {html.escape(str(first['answer']))}: {verdict}{_pre(first['text'])}"
+        )
+        sections.append((f"Expert {expert.name}: {right} of {group} right", body))
+
+    objective = p.riel.objective
+    parts = []
+    if objective.grpo:
+        parts.append(losses.grpo(objective.grpo, rewards_BEG, asked.rollouts_BEG, asked.prompts_BE))
+    if objective.mutual:
+        parts.append(losses.mutual(objective.mutual, rewards_BEG, asked.rollouts_BEG, asked.prompts_BE, experts_B))
+    if objective.buffer_sft:
+        prompt = asked.prompts_BE[shown][int(experts_B[1][shown])]
+        gold = [policy.Row(prompt, learned.answer_ids(question.rationale))]
+        parts.append(losses.buffer_sft(objective.buffer_sft, gold))
+    for part in parts:
+        sections.append(_one_row(learned, part))
+    legend = " ".join(f'<span style="background:{colour}">{name}</span>' for name, colour in _COLOURS.items())
+    sections.append(("Colours", f"{legend}: only answer and end tokens count in a loss"))
+    return Preview(rows, sections)
+
+
+def _one_row(learned: policy.Policy, part: losses.Part) -> tuple[str, str]:
+    """The first row of a loss that counts, token by token, coloured by what `Policy.logits` masks in."""
+    counted = [row for row in part.rows if row.count]
+    heading = f"Loss {part.name}, weight {part.weight:g}: {len(counted)} of {len(part.rows)} rows count"
+    if not counted:
+        return heading, "<p>No row counts here: this loss has no gradient on these questions.</p>"
+    row = counted[0]
+    _, answer_NT, mask_NT = learned.logits([row.row])
+    counting = answer_NT[0][mask_NT[0]].tolist()
+    kinds = ["prompt"] * len(row.row.prompt) + ["end" if i in learned.end_ids else "answer" for i in counting]
+    spans = (
+        f'<span style="background:{_COLOURS[kind]}" title="{kind}, id {token}">{html.escape(text)}</span>'
+        for kind, token, text in zip(kinds, (*row.row.prompt, *counting), _pieces(learned, row.row, counting), strict=True)
+    )
+    note = f"<p>counts {row.count:+.3g} (its advantage, or 1)</p>"
+    return heading, note + f'<div style="white-space:pre-wrap;font-family:monospace">{" ".join(spans)}</div>'
+
+
+def _pieces(learned: policy.Policy, row: policy.Row, counting: Sequence[int]) -> list[str]:
+    return [learned.tokenizer.decode([token]) for token in (*row.prompt, *counting)]
+
+
+def _pre(text: str) -> str:
+    return f'<pre style="white-space:pre-wrap;background:#f6f6f6;padding:0.5em">{html.escape(text)}</pre>'
