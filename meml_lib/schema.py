@@ -107,12 +107,20 @@ class TableTeacher(Section):
     """The value of the table's `expert` column that marks this teacher's rows."""
 
 
+class PublishedTeacher(Section):
+    """One of the four language models whose answers to GSM8K's TEST questions were released with it: to compare, not to
+    train on (stage 1 finds no answer of theirs to a training question). Needs MEML_DATA_DIR."""
+
+    kind: Literal["published"]
+    model: Literal["6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification"]
+
+
 class ExpertParams(Section):
     """A system prompt and the teacher whose answers it is trained on."""
 
     system: Text
     """System prompt. Paper: "You are Expert i, ..." (only paraphrases are known)."""
-    teacher: Annotated[DerivedTeacher | TableTeacher, Field(discriminator="kind")]
+    teacher: Annotated[DerivedTeacher | TableTeacher | PublishedTeacher, Field(discriminator="kind")]
 
 
 class ExpertsParams(Section):

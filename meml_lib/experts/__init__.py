@@ -5,10 +5,9 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from meml_lib import schema
+from meml_lib import config, schema
 from meml_lib.tasks import Question, Split, Task
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ class Expert:
 
     name: str
     system: str
-    teacher: schema.DerivedTeacher | schema.TableTeacher
+    teacher: schema.DerivedTeacher | schema.TableTeacher | schema.PublishedTeacher
 
 
 class Panel(tuple[Expert, ...]):
@@ -46,6 +45,11 @@ def load_panel(params: schema.ExpertsParams) -> Panel:
     return Panel(Expert(name, params.known[name].system, params.known[name].teacher) for name in params.panel)
 
 
+def answered_split(panel: Sequence[Expert]) -> Split:
+    """Which questions the panel's teachers answered: the training questions; published models, GSM8K's test questions."""
+    return "test" if any(isinstance(expert.teacher, schema.PublishedTeacher) for expert in panel) else "train"
+
+
 def teacher_answers(
     task: Task, panel: Sequence[Expert], split: Split = "train", questions: Sequence[Question] | None = None
 ) -> pd.DataFrame:
@@ -58,7 +62,7 @@ def teacher_answers(
     Raises: ValueError if a teacher's style, mistake or table does not fit; FileNotFoundError for a missing table.
     """
     questions = task.questions(split) if questions is None else list(questions)
-    tables = {e.name: _read_table(e.teacher) for e in panel if isinstance(e.teacher, schema.TableTeacher)}
+    tables = {e.name: _read_table(e.teacher) for e in panel if not isinstance(e.teacher, schema.DerivedTeacher)}
     rows = []
     left_out = {expert.name: 0 for expert in panel}
     for question in questions:
@@ -92,11 +96,16 @@ def graded(task: Task, rows: Sequence[tuple[Question, str, int, str]]) -> pd.Dat
     )
 
 
-def _read_table(teacher: schema.TableTeacher) -> dict[str, list[str]]:
+def _read_table(teacher: schema.TableTeacher | schema.PublishedTeacher) -> dict[str, list[str]]:
     """question_id -> texts of the rows that carry this teacher's name, in the file's order."""
     import pandas as pd
 
-    path = Path(teacher.path)
+    if isinstance(teacher, schema.PublishedTeacher):
+        from meml_lib.experts import published
+
+        table = published.gsm8k_solutions()
+        return table[table["expert"] == teacher.model].groupby("question_id")["text"].agg(list).to_dict()
+    path = config.locate(teacher.path)
     readers = {
         ".parquet": pd.read_parquet,
         ".csv": lambda file: pd.read_csv(file, dtype=str, keep_default_na=False),
@@ -105,7 +114,7 @@ def _read_table(teacher: schema.TableTeacher) -> dict[str, list[str]]:
     if path.suffix not in readers:
         raise ValueError(f"teacher.path={teacher.path!r} must end in one of {list(readers)}")
     if not path.is_file():
-        raise FileNotFoundError(f"teacher.path={teacher.path!r} is no file (looked in {Path.cwd()})")
+        raise FileNotFoundError(f"teacher.path={teacher.path!r} is no file (looked for {path})")
     table = readers[path.suffix](path)
     for column in ("question_id", "expert", "text"):
         if column not in table:

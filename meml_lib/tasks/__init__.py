@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from meml_lib import schema
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Split = Literal["train", "validation", "test"]
 
@@ -101,6 +105,14 @@ class Task:
     @cached_property
     def _built(self) -> tuple[dict[str, list[Question]], dict[str, int]]:
         return self._build()
+
+
+def table(questions: Sequence[Question]) -> pd.DataFrame:
+    """The questions table: question_id, text, gold, difficulty."""
+    import pandas as pd
+
+    columns = ["question_id", "text", "gold", "difficulty"]
+    return pd.DataFrame([(q.id, q.text, q.gold, q.difficulty) for q in questions], columns=columns)
 
 
 def draw(*parts: object) -> float:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from meml_lib import tasks
 from meml_lib.experts import Expert
 from meml_lib.schema import RunParams, SamplingParams
 from meml_lib.tasks import Question, Task
@@ -57,21 +58,13 @@ def answers(
     return table.loc[order.sort_values(["question_id", "expert", "sample"]).index].reset_index(drop=True)
 
 
-def question_table(questions: Sequence[Question]) -> pd.DataFrame:
-    """question_id, text, gold, difficulty."""
-    import pandas as pd
-
-    columns = ["question_id", "text", "gold", "difficulty"]
-    return pd.DataFrame([(q.id, q.text, q.gold, q.difficulty) for q in questions], columns=columns)
-
-
 def measure(p: RunParams, policy: Policy, task: Task, panel: Sequence[Expert], accelerator: Accelerator) -> dict:
     """The tables that a stage leaves behind: validation_greedy, test_greedy, test_sampled and their questions."""
     greedy = p.sampling.model_copy(update={"temperature": None})
     tables = {}
     for split in ("validation", "test"):
         questions = questions_of(p, task, split)
-        tables[f"{split}_questions"] = question_table(questions)
+        tables[f"{split}_questions"] = tasks.table(questions)
         tables[f"{split}_greedy"] = answers(
             policy, task, panel, questions, greedy, accelerator, rollouts=1, seed=p.seed
         )
