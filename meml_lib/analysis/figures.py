@@ -1,8 +1,8 @@
 """Pictures: one style, a colour-blind safe palette, and the numbers behind each.
 
-A function returns a `Picture`, which a notebook shows as it stands and `save` writes as PDF, PNG and CSV. Names (experts,
-arms) keep colour, marker and line by their place in `order`; give the whole list where a picture shows only some of
-them. Marker, line and hatch differ too, so that a picture reads in grey. Shares are drawn in percent.
+A function returns a `Picture`, which a notebook shows as it stands and `save` writes as PDF, PNG and CSV. Names
+(experts, arms) keep colour, marker and line by their place in `order`; give the whole list where a picture shows only
+some of them. Marker, line and hatch differ too, so that a picture reads in grey. Shares are drawn in percent.
 matplotlib is imported on the first picture; pyplot, which keeps figures alive, is not used.
 """
 
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette without yellow (too faint on white); black stands for "all together".
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
-MARKERS, LINES, HATCHES = "osD^vPX", ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 3))), ("", "//", "..")
+MARKERS, HATCHES = "osD^vPX", ("", "//", "..")
+LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 3)))
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 9.5,
@@ -59,10 +60,13 @@ class Picture:
     data: pd.DataFrame
 
     def png(self, dpi: int = 110) -> bytes:
-        buffer = io.BytesIO()
+        from PIL import Image
+
+        full, small = io.BytesIO(), io.BytesIO()
         with _style():
-            self.figure.savefig(buffer, format="png", dpi=dpi)
-        return buffer.getvalue()
+            self.figure.savefig(full, format="png", dpi=dpi)
+        Image.open(full).convert("RGB").quantize(256).save(small, "png", optimize=True)  # a third of the bytes
+        return small.getvalue()
 
     def _repr_png_(self) -> bytes:
         return self.png()
@@ -125,8 +129,8 @@ def error_overlap(answers: pd.DataFrame, *, title: str = "Error overlap", note: 
         dots.grid(visible=False)
         dots.spines[:].set_visible(False)
         dots.tick_params(length=0, labelsize=8)
-        both = f"all {len(experts)} wrong: {_percent(everyone.iou)} of union, {_percent(everyone.all_wrong_share)} of all"
-        figure.suptitle(f"{title} ({both})", x=0.01, ha="left", fontsize=10.5)
+        both = f"{_percent(everyone.iou)} of union, {_percent(everyone.all_wrong_share)} of all"
+        figure.suptitle(f"{title} (all {len(experts)} wrong: {both})", x=0.01, ha="left", fontsize=10.5)
     return Picture(figure, sizes)
 
 
@@ -140,13 +144,39 @@ def phi(answers: pd.DataFrame, *, title: str = "Correlation of being right (phi)
     return Picture(figure, matrix.rename_axis("expert").reset_index())
 
 
+def shares(table: pd.DataFrame, x: str, *, title: str, xlabel: str = "", order: Sequence[str] | None = None) -> Picture:
+    """Shares with their 95 % intervals over the values of column `x`; a line an expert where x is another column.
+
+    Args: table: x, share, low, high, n (as `overlap`'s tables), and `expert` where there are several.
+    """
+    names = list(table["expert"].unique()) if "expert" in table and x != "expert" else [""]
+    style, places = looks(names, order), {value: place for place, value in enumerate(table[x].unique())}
+    counts = sorted(table["n"].unique())
+    note = f"n = {counts[0]}{f' to {counts[-1]}' if len(counts) > 1 else ''} questions a point; lines: 95 % intervals (Wilson)"
+    with _figure(max(4.2, 1.6 + 1.1 * len(places)), 2.9, note) as figure:
+        axes = figure.subplots()
+        for place, name in enumerate(names):
+            part = table[table["expert"] == name] if name else table
+            at = part[x].map(places) + 0.12 * (place - (len(names) - 1) / 2)
+            reach = 100 * np.array([part["share"] - part["low"], part["high"] - part["share"]]).clip(0)
+            look = style[name]._asdict() | ({} if name else {"linestyle": "none", "color": "#222222"})
+            axes.errorbar(at, 100 * part["share"], reach, label=name or None, capsize=2, elinewidth=1.0, markersize=5, **look)
+        axes.set_xticks(list(places.values()), [str(value) for value in places], rotation=20 * (x in ("expert", "added")))
+        axes.set(title=title, ylabel="% of questions", ylim=(0, 102), xlabel=xlabel, xlim=(-0.5, len(places) - 0.5))
+        axes.grid(axis="x", visible=False)
+        if len(names) > 1:
+            figure.legend(loc="outside right upper")
+    return Picture(figure, table)
+
+
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
 def curves(metrics: pd.DataFrame, *, order: Sequence[str] | None = None, title: str = "", note: str = "") -> Picture:
     """How a stage went, from its metrics: raw values faint, a running mean of 5 % of the steps over them.
 
-    Stage 1: loss, validation. Stage 2: reward, all-wrong / mixed / all-right groups, losses, buffer, entropy, validation.
+    Stage 1: loss, validation. Stage 2: reward, all-wrong / mixed / all-right groups, losses, buffer, entropy, and
+    validation or else the rollouts that cannot count.
     """
     riel = "reward" in metrics
     prefix = "reward/" if riel else "validation_accuracy/"
@@ -154,7 +184,7 @@ def curves(metrics: pd.DataFrame, *, order: Sequence[str] | None = None, title: 
     style, alone = looks(experts, order), Look("black", "", "-")
     validated = any(column.startswith("validation_accuracy") and metrics[column].notna().any() for column in metrics)
     note = note or f"{len(metrics)} steps, one seed; faint: each step; bold: running mean of {_window(metrics)} steps"
-    with _figure(9.6, 5.4 if riel else 2.9, note) as figure:
+    with _figure(9.6 if riel or validated else 5.2, 5.4 if riel else 2.9, note) as figure:
         panels = iter(figure.subplots(2, 3).flat if riel else figure.subplots(1, 1 + validated, squeeze=False).flat)
         if riel:
             axes = _panel(next(panels), "Reward", "mean reward (0 to 1)")
@@ -179,7 +209,7 @@ def curves(metrics: pd.DataFrame, *, order: Sequence[str] | None = None, title: 
             _smooth(axes, metrics, "loss", "training", Look(COLOURS[0], "", "-"))
             if "validation_loss" in metrics:
                 seen = metrics.dropna(subset="validation_loss")
-                axes.plot(seen["step"], seen["validation_loss"], "s--", color=COLOURS[1], label="validation", markersize=4)
+                axes.plot(seen["step"], seen["validation_loss"], "s--", color=COLOURS[1], label="validation")
         if validated:
             _validation(_panel(next(panels), "Validation accuracy (greedy)", "% of questions"), metrics, experts, style)
         for axes in figure.axes:
@@ -206,9 +236,10 @@ def rewards(
             for arm, seeds in runs.items():
                 smooth = [_running(metrics.set_index("step")[column]) for metrics in seeds]
                 lines = pd.concat(smooth, axis=1).dropna() * scale
-                look, every = style[arm], max(1, len(lines) // 8)
-                axes.fill_between(lines.index, lines.min(axis=1), lines.max(axis=1), color=look.color, alpha=0.15, lw=0)
-                axes.plot(lines.mean(axis=1), label=f"{arm} ({len(seeds)})", markevery=every, markersize=4, **look._asdict())
+                look = {**style[arm]._asdict(), "markevery": max(1, len(lines) // 8), "markersize": 4}
+                band = lines.min(axis=1), lines.max(axis=1)
+                axes.fill_between(lines.index, *band, color=look["color"], alpha=0.15, lw=0)
+                axes.plot(lines.mean(axis=1), label=f"{arm} ({len(seeds)})", **look)
                 values = lines.set_axis([f"seed_{i}" for i in range(len(seeds))], axis=1)
                 tables.append(values.assign(arm=arm, measure=column).reset_index())
             axes.set_ylim(bottom=0)
@@ -238,7 +269,7 @@ def before_after(scores: pd.DataFrame, *, order: Sequence[str] | None = None, no
         axes.set_yticks(list(height.values()), [expert for _, expert in rows])
         for arm in arms if len(arms) > 1 else ():
             top = min(at for (label, _), at in height.items() if label == arm)
-            axes.text(0.0, top - 0.45, arm, transform=axes.get_yaxis_transform(), fontsize=8, weight="bold", va="bottom")
+            axes.text(0, top - 0.45, arm, transform=axes.get_yaxis_transform(), fontsize=8, weight="bold", va="bottom")
         axes.set_ylim(max(height.values()) + 0.6, -1.0 if len(arms) > 1 else -0.6)
         axes.grid(axis="y", visible=False)
         _percent_axis(axes, "greedy test accuracy (%)")
@@ -246,10 +277,10 @@ def before_after(scores: pd.DataFrame, *, order: Sequence[str] | None = None, no
     return Picture(figure, scores)
 
 
-def arms(scores: pd.DataFrame, *, order: Sequence[str] | None = None, note: str = "", what: str = "mean expert accuracy") -> Picture:
-    """One row an arm: mean with 95 % interval, each seed as a small dot.
+def arms(scores: pd.DataFrame, *, order: Sequence[str] | None = None, note: str = "") -> Picture:
+    """Mean expert accuracy of each arm with its 95 % interval, each seed as a small dot.
 
-    Args: scores: label, mean, low, high (shares), per_seed (seed -> share); what: the axis label.
+    Args: scores: label, mean, low, high (shares), per_seed (seed -> share).
     """
     style = looks(list(scores["label"]), order)
     with _figure(7.2, 1.2 + 0.42 * len(scores), note) as figure:
@@ -258,11 +289,11 @@ def arms(scores: pd.DataFrame, *, order: Sequence[str] | None = None, note: str 
             seeds = 100 * np.array(list(row.per_seed.values()))
             axes.plot(seeds, [at + 0.24] * len(seeds), ".", color=style[row.label].color, markersize=6, alpha=0.7)
             _point(axes, at, row, style[row.label], filled=True)
-            axes.annotate(f"{100 * row.mean:.1f}", (100 * row.mean, at), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+            axes.text(100 * row.mean, at - 0.16, f"{100 * row.mean:.1f}", ha="center", va="bottom", fontsize=8)
         axes.set_yticks(range(len(scores)), scores["label"])
         axes.set_ylim(len(scores) - 0.4, -0.7)
         axes.grid(axis="y", visible=False)
-        _percent_axis(axes, f"{what} (%)")
+        _percent_axis(axes, "mean expert accuracy, greedy, test (%)")
     return Picture(figure, scores.assign(per_seed=[str(seeds) for seeds in scores["per_seed"]]))
 
 
@@ -309,10 +340,13 @@ def _figure(width: float, height: float, note: str):
         if note:
             caption = "\n".join(textwrap.wrap(note, int(width * 17)))
             figure.supxlabel(caption, x=0.01, ha="left", fontsize=7.5, color="#444444")
+        figure.draw_without_rendering()  # lays out once; both files then take the same places
+        figure.set_layout_engine("none")
 
 
 def _panel(axes: Axes, title: str, ylabel: str) -> Axes:
     axes.set(title=title, ylabel=ylabel, xlabel="step")
+    axes.locator_params(axis="x", integer=True, nbins=7)
     return axes
 
 
@@ -345,7 +379,8 @@ def _smooth(axes: Axes, metrics: pd.DataFrame, column: str, label: str, look: Lo
     seen = metrics.dropna(subset=column)
     every = max(1, len(seen) // 8)
     axes.plot(seen["step"], seen[column], color=look.color, alpha=0.22, linewidth=0.8)
-    axes.plot(seen["step"], _running(seen[column]), label=label or None, markevery=every, markersize=4, **look._asdict())
+    marks = {"markevery": every, "markersize": 4}
+    axes.plot(seen["step"], _running(seen[column]), label=label or None, **marks, **look._asdict())
 
 
 def _groups(axes: Axes, metrics: pd.DataFrame) -> None:
@@ -375,6 +410,7 @@ def _buffer(axes: Axes, metrics: pd.DataFrame) -> None:
     if len(at):  # an unclipped line without points would take part in the layout, at the corner of the figure
         axes.plot(at, np.zeros(len(at)), "|", color=COLOURS[1], markersize=10, markeredgewidth=1.4, clip_on=False)
     axes.set_ylim(0, max(1, 1.05 * size.max()))
+    axes.locator_params(axis="y", integer=True)
     axes.set_title(f"Buffer: {int(flushes.max())} flushes (ticks)" if size.max() or flushes.max() else "Buffer: unused")
 
 

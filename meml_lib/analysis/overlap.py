@@ -1,8 +1,9 @@
 """Who errs where: accuracy, shared errors, votes and pass@k of a panel; pure functions of an answers table.
 
-An answers table has the columns question_id, expert, sample, text, answer, correct; `correct` is a nullable boolean, and
-NA (unreadable) counts as not right but is counted apart. Experts keep the order in which the table first names them.
-All functions but `pass_at_k` take one answer per question and expert, and every expert answers the same questions.
+An answers table has the columns question_id, expert, sample, text, answer, correct; `correct` is a nullable boolean,
+and NA (unreadable) counts as not right but is counted apart. Experts keep the order in which the table first names
+them. All functions but `hits` and `pass_at_k` take one answer per question and expert, every expert answering the same
+questions.
 """
 
 from __future__ import annotations
@@ -27,6 +28,18 @@ class Overlap(NamedTuple):
     all_wrong: int
     any_wrong: int
     questions: int
+
+
+def answered_by_all(answers: pd.DataFrame) -> pd.DataFrame:
+    """Each expert's first answer to the questions that every expert of the table answered.
+
+    Raises: ValueError where no question is answered by all.
+    """
+    first = answers[answers["sample"] == 0]
+    kept = first[first.groupby("question_id")["expert"].transform("nunique") == first["expert"].nunique()]
+    if kept.empty:
+        raise ValueError(f"no question is answered by all of the experts {list(first['expert'].unique())}")
+    return kept
 
 
 def right_table(answers: pd.DataFrame) -> pd.DataFrame:
@@ -216,4 +229,4 @@ def _checked(answers: pd.DataFrame, key: list[str]) -> None:
     twice = answers[answers.duplicated(key)]
     if len(twice):
         where = ", ".join(f"{name}={twice.iloc[0][name]!r}" for name in key)
-        raise ValueError(f"{len(twice)} answers stand there twice, first {where}; keep one answer for each {tuple(key)}")
+        raise ValueError(f"{len(twice)} answers stand there twice, first {where}; keep one for each {tuple(key)}")

@@ -7,7 +7,9 @@ arms, seed by seed and question by question.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -32,9 +34,18 @@ class Interval:
     n_seeds: int
     detectable: float | None = None
 
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
+
+def text(numbers: Mapping[str, Any] | None, *, scale: float = 100, digits: int = 1) -> str:
+    """mean [low, high] of an interval's fields, in percent unless `scale` is 1; a dash where there is none.
+
+    >>> text(asdict(Interval(0.5321, -0.0001, 0.56, 300, 3)))
+    '53.2 [0.0,\\xa056.0]'
+    """
+    if not numbers or numbers.get("mean") is None:
+        return "—"
+    rounded = (round(scale * numbers[key], digits) + 0.0 for key in ("mean", "low", "high"))  # + 0.0: no "-0.0"
+    mean, low, high = (f"{number:.{digits}f}" for number in rounded)
+    return f"{mean} [{low},\N{NO-BREAK SPACE}{high}]"
 
 
 def wilson(right: int, n: int) -> Interval:
@@ -57,9 +68,9 @@ def half_width(values_SQ: ArrayLike, *, power: float = 0.5) -> NDArray:
         half^2 = t^2 var_S(mean_Q) / S  +  z^2 max(0, question variance) / Q
 
     The first term is the plain t interval over seed means, S - 1 degrees of freedom: it holds the seeds' variance and
-    the noise, however large either is. What it lacks is that all seeds answered the same questions; the second term adds
-    that, its variance being the two-way analysis of variance's (MS_questions - MS_residual) / S. Adding the squares of
-    two limits instead of pooling the variances is the modified large-sample method (Burdick and Graybill, Confidence
+    the noise, however large either is. What it lacks is that all seeds answered the same questions; the second term
+    adds that, its variance being the two-way analysis of variance's (MS_questions - MS_residual) / S. Adding the
+    squares of two limits instead of pooling the variances is the modified large-sample method (Burdick and Graybill, Confidence
     Intervals on Variance Components, 1992). In simulations (tests/test_stats.py; binary answers, 300 questions, 2 to 10
     seeds) it covers 94.5 to 98.5 %: somewhat conservative where seeds hardly differ. A pooled variance with
     Satterthwaite's degrees of freedom is narrower at 2 seeds but fell to 88 % there. The price is a wide interval at
