@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 
 from meml_lib import config, experts, tasks
-from meml_lib.training import losses, policy
+from meml_lib.training import losses, policy, riel, stage
 from meml_lib.training.ask import ask
 from meml_lib.training.credit import best_and_worst
 
@@ -73,6 +74,15 @@ def preview(p: config.Run, *, questions: int = 4) -> Preview:
     legend = " ".join(f'<span style="background:{colour}">{name}</span>' for name, colour in _COLOURS.items())
     sections.append(("Colours", f"{legend}: only answer and end tokens count in a loss"))
     return Preview(rows, sections)
+
+
+def steps(p: config.Run, *, questions_per_step: int) -> Iterator[riel.Step]:
+    """Stage 2 by hand: each `next` asks, grades and updates a copy of stage 1's model in this process; writes nothing."""
+    p = p.model_copy(update={"riel": p.riel.model_copy(update={"questions_per_step": questions_per_step})})
+    accelerator = Accelerator(cpu=p.hardware.device == "cpu")
+    learned = policy.load_trained(p.folder("mef") / "model", p.model, device=str(accelerator.device), seed=p.seed)
+    learner = stage.learner_of(p, p.riel.optimizer, learned, accelerator, steps=p.riel.steps)
+    yield from riel.train(p, learned, learner, tasks.load(p.task), experts.load_panel(p.experts))
 
 
 def _one_row(learned: policy.Policy, part: losses.Part) -> tuple[str, str]:

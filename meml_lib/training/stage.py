@@ -51,7 +51,7 @@ def run(stage: Stage, p: config.Run, on_record: OnRecord | None = None) -> None:
             folder.write_table("teacher_answers", answers)
         kept = answers if p.mef.keep == "all" else answers[answers.correct.fillna(False)]
         rows = mef.rows_of(learned, panel, task.questions("train"), kept)
-        learner = _learner(p, p.mef.optimizer, learned, accelerator, steps=mef.steps_of(p.mef, len(rows)))
+        learner = learner_of(p, p.mef.optimizer, learned, accelerator, steps=mef.steps_of(p.mef, len(rows)))
         steps = mef.train(p.mef, learner, rows, seed=p.seed)
         patience, validate_every = p.mef.patience, p.mef.validate_every
     else:
@@ -59,7 +59,7 @@ def run(stage: Stage, p: config.Run, on_record: OnRecord | None = None) -> None:
         if not trained.is_dir():
             raise FileNotFoundError(f"{trained} is missing: train stage 1 first (notebook 02_mef or launch.train)")
         learned = policy.load_trained(trained, p.model, device=device, seed=p.seed)
-        learner = _learner(p, p.riel.optimizer, learned, accelerator, steps=p.riel.steps)
+        learner = learner_of(p, p.riel.optimizer, learned, accelerator, steps=p.riel.steps)
         rollouts: list[dict] = []
         steps = _keeping(rollouts, riel.train(p, learned, learner, task, panel))
         patience, validate_every = p.riel.patience, p.riel.validate_every
@@ -115,7 +115,7 @@ class Best:
             self._model.load_state_dict(self._weights)
 
 
-def _learner(p: config.Run, optimizer, learned: policy.Policy, accelerator: Accelerator, *, steps: int) -> Learner:
+def learner_of(p: config.Run, optimizer, learned: policy.Policy, accelerator: Accelerator, *, steps: int) -> Learner:
     return Learner(
         learned,
         accelerator,
