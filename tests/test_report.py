@@ -218,7 +218,7 @@ def test_the_report_is_one_page_without_scripts_or_network_and_shows_the_numbers
     assert "Multi | expert" in page and "<strong>nothing</strong>" in page
     assert page.count("<table>") == 10
     for row in re.findall(r"<tr>.*?</tr>", page, flags=re.S):
-        assert "|" not in row.replace("Multi | expert", "")  # no cell has spilt over
+        assert "|" not in row.replace("Multi | expert", "") and "<td>Multi</td>" not in row  # no cell has spilt over
     for suffix in (".csv", ".pdf"):
         assert (file.parent / "figures" / "arms").with_suffix(suffix).stat().st_size > 0
     assert json.loads((file.parent / "report.json").read_text()) == data
@@ -251,6 +251,7 @@ def test_the_command_makes_the_same_study_again(study):
 def test_a_small_world_is_never_comparable_to_the_paper(data):
     rows = data["paper"]
     assert {row["verdict"].split(" (")[0] for row in rows} == {"not comparable", "not run"}
+    assert [row["arm"] for row in rows if row["table"] == "table-1"] == ["Multi | expert"] * 2  # one panel, not two arms
     full = next(row for row in rows if row["row"] == "MEML-GRPO (Expert1)")
     assert full["verdict"] == "not comparable (the paper's is an average over three data sets; other model: trained from scratch; other teachers)"
     assert full["delta"] is None
