@@ -339,7 +339,7 @@ class Run(schema.RunParams):
         )
         return (
             f"<p><b>{html.escape(self.params_file)}</b>, seed {self.seed}, in {html.escape(label_of(self.run_dir))}</p>"
-            '<details open><summary>values</summary><table style="font-size:85%">'
+            '<details><summary>values</summary><table style="font-size:85%">'
             f"<tr><th>key</th><th>value</th><th>from</th></tr>{''.join(cells)}</table></details>"
         )
 
@@ -470,9 +470,9 @@ class Study(schema.StudyParams):
             f"<td>{html.escape(', '.join(f'{key}: {_short(value)}' for key, value in arm.overrides.items()))}</td></tr>"
             for name, arm in self.arms.items()
         )
+        place = f"over {self.run_params_file}, seeds {list(self.seeds)}, in {label_of(self.folder)}"
         return (
-            f"<p><b>{html.escape(self.title)}</b>: {html.escape(self.params_file)} over "
-            f"{html.escape(self.run_params_file)}, seeds {list(self.seeds)}, in {html.escape(label_of(self.folder))}</p>"
+            f"<p><b>{html.escape(self.title)}</b>: {html.escape(self.params_file)} {html.escape(place)}</p>"
             f'<table style="font-size:85%"><tr><th>arm</th><th>label</th><th>what differs</th></tr>{rows}</table>'
         )
 

@@ -81,7 +81,7 @@ class RunFolder:
         return pd.DataFrame(self.metrics_from(0)[0])
 
     def metrics_from(self, offset: int) -> tuple[list[dict[str, Any]], int]:
-        """(records after `offset` bytes, the offset after them); a line that is still being written is left for later."""
+        """(records after `offset` bytes, the offset after them); a line still being written is left for later."""
         lines, offset = lines_from(self.path / "metrics.jsonl", offset)
         return [json.loads(line) for line in lines], offset
 
@@ -159,26 +159,34 @@ class InUse(RuntimeError):
 def locked(file: Path, what: str, wait_s: float = 0.0) -> Iterator[None]:
     """Hold a lock for the block; the system drops it when the process ends, however it ends.
 
-    Raises: InUse, with the holder's process id, if it is still held after wait_s seconds.
+    Raises: InUse, with the holder's process id, if it is still held after wait_s seconds (math.inf: wait, and say so).
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        until = time.monotonic() + wait_s
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() >= until:
-                    holder = os.pread(handle, 32, 0).decode().strip() or "unknown"
-                    raise InUse(f"{what} is in use by process {holder}; wait for it, or end it") from error
+        started, told = time.monotonic(), False
+        while not _try_lock(handle):
+            holder = os.pread(handle, 32, 0).decode().strip() or "unknown"
+            waited = time.monotonic() - started
+            if waited >= wait_s:
+                raise InUse(f"{what} is in use by process {holder}; wait for it, or end it")
+            if waited > 5 and not told:
+                print(f"waiting for process {holder}, which uses {what}", flush=True)
+                told = True
             time.sleep(0.2)
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
         yield
     finally:
         os.close(handle)
+
+
+def _try_lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 # --- provenance -------------------------------------------------------------------------------------------------------

@@ -84,17 +84,18 @@ def _model_files(path: str) -> list[Path]:
 
 
 def code(modules: Iterable[str], skip: Iterable[str] = ()) -> dict[str, str]:
-    """Module -> hash of its code, for these modules and all of meml_lib that they import, wherever they import it."""
+    """File -> hash of its code, for these modules and all of meml_lib that they import, wherever they import it."""
     found: dict[str, str] = {}
     waiting = list(modules)
     while waiting:
         name = waiting.pop()
         file = _file(name)
-        if file is None or name in found or name in skip:
+        place = str(file.relative_to(PACKAGE)) if file else name
+        if file is None or place in found or name in skip:
             continue
-        found[name], imported = _read(file, name)
+        found[place], imported = _read(file, name)
         waiting += imported
-    return {name.removeprefix("meml_lib."): found[name] for name in sorted(found)}
+    return dict(sorted(found.items()))
 
 
 def other_tasks(name: str) -> set[str]:
@@ -162,9 +163,8 @@ def reasons(old: Parts | None, new: Parts) -> list[str]:
             if part in ("values", "versions"):
                 lines.append(f"{name}: {_word(before, name)} -> {_word(now, name)}")
             else:
-                shown = f"{name.replace('.', '/')}.py" if part == "code" else name
                 what = "new" if name not in before else "gone" if name not in now else "changed"
-                lines.append(f"{shown} {what}")
+                lines.append(f"{name} {what}")
     return lines
 
 

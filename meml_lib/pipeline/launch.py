@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -23,17 +24,28 @@ if TYPE_CHECKING:
 HEADLESS = "MEML_HEADLESS"
 """Environment variable that `execute` sets: inside a kernel nothing else tells that nobody watches."""
 LOG_EVERY_S = 5.0
+STAGE = "meml_lib.training.stage"
+
+
+def _code() -> dict[str, str]:
+    return keys.code([STAGE], keys.VALUES_ONLY | keys.SHOW_ONLY)
+
+
+# A kernel that has loaded the training code goes on with it when the file is edited. The key is made of the files, so
+# edited code trains in a process of its own.
+_CODE_AT_IMPORT = _code()
 CURVE_EVERY_S = 3.0
 
 
 def train(stage: config.Stage, p: config.Run) -> pd.DataFrame:
     """Train a stage unless its folder holds the result already; the metrics, one row a step.
 
-    Raises: whatever the training raises; FileNotFoundError or RuntimeError where stage 2 finds no fitting stage 1;
-      runs.InUse if another process trains in this folder.
+    Where another process trains in the same folder, waits for its result.
+
+    Raises: whatever the training raises; FileNotFoundError or RuntimeError where stage 2 finds no fitting stage 1.
     """
     folder = RunFolder(p.folder(stage))
-    with runs.locked(folder.path.parent / f".{folder.path.name}.lock", str(folder.path)):
+    with runs.locked(folder.path.parent / f".{folder.path.name}.lock", str(folder.path), wait_s=math.inf):
         if stage == "riel":
             _check_stage1(p)
         parts = keys.stage_parts(stage, p)
@@ -53,7 +65,7 @@ def train(stage: config.Stage, p: config.Run) -> pd.DataFrame:
         started = time.monotonic()
         try:
             with _Display(stage, p, folder) as display:
-                if p.hardware.processes == 1:
+                if p.hardware.processes == 1 and _code() == _CODE_AT_IMPORT:
                     from meml_lib.training import stage as stages
 
                     stages.run(stage, p, display.show)
@@ -111,12 +123,12 @@ def _clear_aside(folder: RunFolder) -> None:
 
 
 def _train_in_processes(stage: str, p: config.Run, folder: RunFolder, show: Callable[[dict], None]) -> None:
-    """Start one process a rank, pass rank 0's lines on, and end them all if anything goes wrong here or there."""
+    """Start one process for each rank, pass rank 0's lines on, and end them all if anything goes wrong."""
     logs = folder.path / "logs"
     logs.mkdir()
     threads = str(p.hardware.threads or max(1, runs.cores() // p.hardware.processes))
     process = subprocess.Popen(
-        _command(p, logs, ["-m", "meml_lib.training.stage", stage, str(folder.path / "values.json")]),
+        _command(p, logs, ["-m", STAGE, stage, str(folder.path / "values.json")]),
         stdout=open(logs / "launcher.log", "wb"),
         stderr=subprocess.STDOUT,
         env=os.environ | {"OMP_NUM_THREADS": threads},
@@ -134,7 +146,7 @@ def _train_in_processes(stage: str, p: config.Run, folder: RunFolder, show: Call
                 show(record)
             lines, read = runs.lines_from(logs / "launcher.log", read)
             for line in lines:
-                if line.startswith("[default0]:"):
+                if p.hardware.processes == 1 or line.startswith("[default0]:"):
                     print(line.removeprefix("[default0]:"))
     finally:
         processes.end_group(process)
@@ -143,6 +155,8 @@ def _train_in_processes(stage: str, p: config.Run, folder: RunFolder, show: Call
 
 
 def _command(p: config.Run, logs: Path, worker: list[str]) -> list[str]:
+    if p.hardware.processes == 1:
+        return [sys.executable, *worker]
     count, port = str(p.hardware.processes), str(_free_port())
     if p.hardware.device == "cpu" or not runs.gpus():  # accelerate's --cpu --num_processes 2 starts one process
         options = ["--nproc-per-node", count, "--master-addr", "127.0.0.1", "--master-port", port]

