@@ -105,7 +105,7 @@ def test_a_tie_goes_to_the_best_validation_expert(prefer, answer):
 
 
 def test_an_unreadable_answer_does_not_vote():
-    won = overlap.vote(voting((None, None), (None, None), ("8", True)), prefer=["e0", "e1", "e2"]).iloc[0]
+    won = overlap.vote(voting(("?", None), ("?", None), ("8", True)), prefer=["e0", "e1", "e2"]).iloc[0]
     assert (won["answer"], won["votes"]) == ("8", 1)
     nobody = overlap.vote(voting((None, None), (None, None)), prefer=["e0", "e1"]).iloc[0]
     assert nobody["votes"] == 0 and pd.isna(nobody["correct"])
