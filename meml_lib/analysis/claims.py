@@ -68,9 +68,10 @@ def readable(found: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for _, group in groupby(found, lambda r: (r["table"], r["row"], r["arm"], r["verdict"])):
         cells = list(group)
         first, ours = cells[0], cells[0]["ours"]
-        known = [f"{cell['paper']:g} ({cell['model']})" for cell in cells if cell["paper"] is not None]
+        known = [(f"{cell['paper']:g}", cell["model"]) for cell in cells if cell["paper"] is not None]
+        numbers = [number if model == "any" else f"{number} ({model})" for number, model in known]
         head = {key: first[key] for key in ("table", "row", "task")}
-        head |= {"paper": ", ".join(known) or "unknown", "sure": first["sure"]}
+        head |= {"paper": ", ".join(numbers) or "unknown", "sure": first["sure"]}
         mine = {"our arm": first["arm"] or "none of this kind", "ours": text(ours)}
         counts = {"n": ours["n_questions"], "seeds": ours["n_seeds"]} if ours else {"n": "", "seeds": ""}
         detectable = f"{100 * ours['detectable']:.1f}" if ours and ours["detectable"] else ""

@@ -150,15 +150,35 @@ def paired(one: ArmResult, other: ArmResult, measure: str, stage: str = "stage 2
     return stats.crossed_mean(a - b)
 
 
-def compare(p: config.Run, paper: str = "table-4") -> pd.DataFrame:
+def compare(p: config.Run, paper: str = "table-4", teachers: pd.DataFrame | None = None) -> pd.DataFrame:
     """paper | ours, interval, n, seeds | difference: the rows of a table of the paper that this run belongs to.
 
+    Args: teachers: their answers; None: those that stage 1 was trained on, if it has run.
     Raises: ValueError for a table that paper.yaml does not have.
     """
     arm = measure_arm(p.run_dir.name, "this run", {p.seed: p})
-    teachers = _teachers(arm.panel, RunFolder(p.folder("mef")))
-    rows = claims.rows(paper, [arm], [teachers] if teachers else [])
+    folder = RunFolder(p.folder("mef"))
+    if teachers is None and folder.table("teacher_answers").is_file():
+        teachers = folder.read_table("teacher_answers")
+    rows = claims.rows(paper, [arm], [] if teachers is None else [_teachers(arm.panel, teachers)])
     return pd.DataFrame(claims.readable(row for row in rows if row["arm"]))
+
+
+def run_tables(p: config.Run) -> dict[str, pd.DataFrame]:
+    """One run's measures after each stage that is done, and how its stage 2 trained: as `tables` of a study."""
+    arm = measure_arm(p.run_dir.name, "this run", {p.seed: p})
+    rest = dict.fromkeys(("pairs", "teachers", "paper", "stages"), ())
+    found = tables(_plain({"arms": [{"label": arm.label}], "seeds": [p.seed], "scores": arm.scores(), **rest}))
+    went = _plain(_training(RunFolder(p.folder("riel")).read_metrics()))
+    training = pd.DataFrame([_training_row({"label": arm.label, "seed": p.seed, "training": went})])
+    return found | {"training": training}
+
+
+def run_picture(p: config.Run) -> figures.Picture:
+    """Accuracy of each expert of one run, before and after stage 2."""
+    scores = pd.DataFrame(measure_arm(p.run_dir.name, "this run", {p.seed: p}).scores())
+    note = f"n = {scores['n_questions'].max():g} test questions, one seed; 95 % intervals (questions random)"
+    return figures.before_after(_each_expert(scores), order=p.experts.panel, note=note)
 
 
 # --- the numbers of a study -------------------------------------------------------------------------------------------
@@ -168,7 +188,9 @@ def gather(study: config.Study) -> dict[str, Any]:
     """All numbers of a study's report, as plain JSON values: report.json."""
     results = [measure_arm(n, arm.label, {s: study.run(n, s) for s in study.seeds}) for n, arm in study.arms.items()]
     by_name = {result.arm: result for result in results}
-    teachers = [found for group in study.stage1_groups() if (found := _teachers(*_panel_and_folder(study, group)))]
+    groups = [_panel_and_folder(study, group) for group in study.stage1_groups()]
+    answered = [(panel, folder) for panel, folder in groups if folder.table("teacher_answers").is_file()]
+    teachers = [_teachers(panel, folder.read_table("teacher_answers")) for panel, folder in answered]
     pairs = []
     for one, other in study.compare:
         for measure in ("mean_expert", "best_validation"):
@@ -246,23 +268,13 @@ def _panel_and_folder(study: config.Study, group: str) -> tuple[list[str], RunFo
     return list(runs[0].experts.panel), next((f for f in folders if f.table("teacher_answers").is_file()), folders[0])
 
 
-def _teachers(panel: Sequence[str], folder: RunFolder) -> dict[str, Any] | None:
-    """How far the teachers' errors overlap, on the training questions that all of them answered; None: not run."""
-    if not folder.table("teacher_answers").is_file():
-        return None
-    answers, left_out = _answered_by_all(folder, panel)
-    tables = {"accuracy": overlap.accuracy(answers), "corrected": overlap.corrected_by_others(answers)}
+def _teachers(panel: Sequence[str], answers: pd.DataFrame) -> dict[str, Any]:
+    """How far the teachers' errors overlap, on the questions that all of them answered."""
+    common = overlap.answered_by_all(answers)
+    left_out = answers["question_id"].nunique() - common["question_id"].nunique()
+    tables = {"accuracy": overlap.accuracy(common), "corrected": overlap.corrected_by_others(common)}
     rows = {name: frame.to_dict("records") for name, frame in tables.items()}
-    return {"experts": list(panel), "left_out": left_out, **overlap.overlap_all(answers)._asdict(), **rows}
-
-
-def _answered_by_all(folder: RunFolder, panel: Sequence[str]) -> tuple[pd.DataFrame, int]:
-    """Each teacher's first answer, in panel order, to the questions that all answered; how many others there are."""
-    answers = folder.read_table("teacher_answers")
-    first = answers[answers["sample"] == 0]
-    kept = first[first.groupby("question_id")["expert"].transform("nunique") == len(panel)]
-    kept = kept.sort_values("expert", key=lambda names: names.map(list(panel).index), kind="stable")
-    return kept, answers["question_id"].nunique() - kept["question_id"].nunique()
+    return {"experts": list(panel), "left_out": left_out, **overlap.overlap_all(common)._asdict(), **rows}
 
 
 def _example(results: Sequence[ArmResult], study: config.Study) -> dict[str, Any] | None:
@@ -412,6 +424,16 @@ def write(study: config.Study) -> Path:
     return folder / "report.html"
 
 
+def _each_expert(scores: pd.DataFrame) -> pd.DataFrame:
+    own = scores["measure"].str.startswith("expert/")
+    return scores.assign(expert=scores["measure"].str.partition("/")[2])[own]
+
+
+def pictures(study: config.Study, data: Mapping[str, Any]) -> dict[str, figures.Picture]:
+    """The report's figures by name, of whatever has run; `data` as gathered."""
+    return {name: picture for name, (_, picture) in _pictures(study, data).items()}
+
+
 def _pictures(study: config.Study, data: Mapping[str, Any]) -> dict[str, tuple[str, figures.Picture]]:
     """Name -> (caption, picture), of whatever has run."""
     if not data["scores"]:
@@ -423,12 +445,12 @@ def _pictures(study: config.Study, data: Mapping[str, Any]) -> dict[str, tuple[s
     chance = "seeds and questions" if len(data["seeds"]) > 1 else "questions"
     note = f"n = {tested} test questions; seeds {', '.join(map(str, data['seeds']))}; 95 % intervals ({chance} random)"
     found: dict[str, tuple[str, figures.Picture]] = {}
-    after, part = scores[scores["stage"] == "stage 2"], scores["measure"].str.partition("/")[2]
+    after = scores[scores["stage"] == "stage 2"]
     if len(after):
         means = after[after["measure"] == "mean_expert"]
         found["arms"] = "Mean expert accuracy", figures.arms(means, order=labels, note=f"{note}; small dots: seeds")
-    each = scores.assign(expert=part)[scores["measure"].str.startswith("expert/")]
-    found["before-after"] = "Before and after stage 2", figures.before_after(each, order=experts, note=note)
+    picture = figures.before_after(_each_expert(scores), order=experts, note=note)
+    found["before-after"] = "Before and after stage 2", picture
     samples = after[after["measure"].str.startswith("pass@")]
     if len(samples):
         samples = samples.assign(k=samples["measure"].str.removeprefix("pass@").astype(int))
@@ -447,7 +469,8 @@ def _pictures(study: config.Study, data: Mapping[str, Any]) -> dict[str, tuple[s
     widest = max(study.stage1_groups(), key=lambda group: len(_panel_and_folder(study, group)[0]))
     panel, folder = _panel_and_folder(study, widest)
     if len(panel) > 1 and folder.table("teacher_answers").is_file():
-        picture = figures.error_overlap(_answered_by_all(folder, panel)[0], title="Teachers, training questions")
+        answers = overlap.answered_by_all(folder.read_table("teacher_answers"))
+        picture = figures.error_overlap(answers, title="Teachers, training questions")
         found["teachers-overlap"] = "Error overlap of the teachers", picture
     if data["example"] and len(data["example"]["answers"]) > len(STAGES):
         run = study.run(data["example"]["arm"], data["example"]["seed"])

@@ -36,7 +36,8 @@ class Panel(tuple[Expert, ...]):
             for place, expert in enumerate(self)
         ]
         cells = ("".join(f"<td style='text-align:left'>{html.escape(cell)}</td>" for cell in row) for row in rows)
-        head = "<th>E</th><th>expert</th><th>system prompt</th><th>teacher</th>"
+        names = ("E", "expert", "system prompt", "teacher")
+        head = "".join(f"<th style='text-align:left'>{name}</th>" for name in names)
         return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
 
 
