@@ -7,7 +7,7 @@ own in 0..largest_number.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 
 from meml_lib import schema
@@ -33,8 +33,6 @@ PHRASES = {
     ),
 }
 KINDS = tuple(PHRASES)
-LARGEST_STEP, LARGEST_GROUP, LARGEST_COUNT = 20, 9, 5
-"""Bounds of one gain or loss; of one bag's content; of the number of bags or shares."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +43,15 @@ class Event:
     n: int = 0
     k: int = 1
 
-    def after(self, x: int, largest: int) -> int:
-        """The amount after the event, clipped to 0..largest (a mistaken amount may leave that range)."""
+    def after(self, x: int) -> int:
+        """The amount after the event, sharing rounded down."""
         if self.kind == "sharing":
             return x // self.k
-        change = {"gain": self.n, "loss": -self.n, "groups": self.k * self.n, "doubling": x}[self.kind]
-        return min(max(x + change, 0), largest)
+        return x + {"gain": self.n, "loss": -self.n, "groups": self.k * self.n, "doubling": x}[self.kind]
+
+    def fits(self, x: int, largest: int) -> bool:
+        """Whether it leaves a whole amount in 1..largest."""
+        return 1 <= self.after(x) <= largest and (self.kind != "sharing" or x % self.k == 0)
 
 
 MISREAD: dict[str, Callable[[Event], Event]] = {
@@ -82,18 +83,17 @@ def _equations(who: str, start: int, events: tuple[Event, ...], amounts: list[in
 
 
 def _story(who: str, start: int, events: tuple[Event, ...], amounts: list[int]) -> str:
-    told = {
-        "gain": "{who} gets {n} and has {y} .",
-        "loss": "{who} loses {n} and has {y} .",
-        "groups": "{k} bags of {n} make {m} and {who} has {y} .",
-        "doubling": "{who} doubles and has {y} .",
-        "sharing": "{who} shares by {k} and has {y} .",
-    }
-    lines = [
-        told[event.kind].format(who=who, n=event.n, k=event.k, m=event.k * event.n, y=y)
-        for event, y in zip(events, amounts)
-    ]
-    return " ".join([f"{who} starts with {start} .", *lines])
+    lines = [f"{who} starts with {start} ."]
+    for event, y in zip(events, amounts):
+        told = {
+            "gain": f"{who} gets {event.n} and has {y} .",
+            "loss": f"{who} loses {event.n} and has {y} .",
+            "groups": f"{event.k} bags of {event.n} make {event.k * event.n} and {who} has {y} .",
+            "doubling": f"{who} doubles and has {y} .",
+            "sharing": f"{who} shares by {event.k} and has {y} .",
+        }
+        lines.append(told[event.kind])
+    return " ".join(lines)
 
 
 def _groups(who: str, start: int, events: tuple[Event, ...], amounts: list[int]) -> str:
@@ -127,7 +127,7 @@ class WordProblems(Task):
         """The number after the last "####"; nothing else counts, so that an answer cut short is unreadable."""
         return number(text, marked=True)
 
-    def solve(self, story: Story, style: str, misread: frozenset[int] = frozenset()) -> str:
+    def solve(self, story: Story, style: str, misread: Set[int] = frozenset()) -> str:
         """The solution in this style, taking the events at these positions for what `MISREAD` says."""
         events = tuple(MISREAD[e.kind](e) if i in misread else e for i, e in enumerate(story.events))
         amounts = self._amounts(story.start, events)
@@ -135,10 +135,9 @@ class WordProblems(Task):
 
     def words(self) -> list[str]:
         """All words, signs and numbers that any question or solution of this world can hold, sorted."""
-        sample = Event("groups", n=1, k=1)
         templates = [*STARTS, *ASKS, *(phrase for phrases in PHRASES.values() for phrase in phrases)]
         text = [template.format(name="", friend="", item="", x="", n="", k="") for template in templates]
-        events = tuple(replace(sample, kind=kind) for kind in KINDS)
+        events = tuple(Event(kind) for kind in KINDS)
         text += [write("", 0, events, [0] * len(events)) for write in STYLES.values()]
         numbers = map(str, range(self.params.largest_number + 1))
         return sorted({*" ".join(text).split(), *NAMES, *ITEMS, *numbers, "####"})
@@ -149,79 +148,62 @@ class WordProblems(Task):
             return self.solve(question, teacher.style)
         if kind not in KINDS:
             raise ValueError(f"mistaken_on={kind!r} is none of the kinds of event {list(KINDS)}")
-        misread = frozenset(i for i, event in enumerate(question.events) if event.kind == kind)
+        misread = {i for i, event in enumerate(question.events) if event.kind == kind}
         if draw(question.id, teacher.style, kind) >= teacher.mistaken_share:
-            misread = frozenset()
+            misread = set()
         # Two mistakes may cancel, or one may not show (2 doubled is 2 + 2): then one mistake alone, if it shows.
-        for chosen in (misread, *(frozenset({i}) for i in sorted(misread))):
-            text = self.solve(question, teacher.style, chosen)
-            if not self.grade(text, question).correct:
-                return text
-        return self.solve(question, teacher.style, misread)
+        texts = [self.solve(question, teacher.style, chosen) for chosen in (misread, *({i} for i in sorted(misread)))]
+        return next((text for text in texts if not self.grade(text, question).correct), texts[0])
 
     def _amounts(self, start: int, events: tuple[Event, ...]) -> list[int]:
-        """The amount after each event."""
+        """The amount after each event, clipped to 0..largest_number, which mistaken amounts may leave."""
         amounts = [start]
         for event in events:
-            amounts.append(event.after(amounts[-1], self.params.largest_number))
+            amounts.append(min(max(event.after(amounts[-1]), 0), self.params.largest_number))
         return amounts[1:]
 
     def _build(self) -> tuple[dict[str, list[Question]], dict[str, int]]:
         seen: set[str] = set()
         splits = {}
         for split in ("test", "validation", "train"):
-            size = getattr(self.params, f"{split}_questions")
             rng = _Draws(f"wordproblems {split} {self.params.world_seed}")
             stories: list[Question] = []
-            misses = 0
-            while len(stories) < size:
+            while len(stories) < getattr(self.params, f"{split}_questions"):
                 story = self._story(rng, f"wordproblems-{split}-{len(stories)}")
-                misses = 0 if story.text not in seen else misses + 1
-                if misses > 1000:
-                    raise ValueError(f"{split}_questions={size}: this world has hardly more than {len(seen)} stories")
-                if story.text not in seen:
+                if story.text not in seen:  # even one event and numbers to 20 make a million stories
                     seen.add(story.text)
                     stories.append(story)
             splits[split] = stories
         return splits, {}
 
     def _story(self, rng: _Draws, question_id: str) -> Story:
-        """A story whose kinds of event are drawn first and kept, so that none is rarer because it fits less often."""
-        shortest, longest = self.params.min_operations, self.params.max_operations
-        kinds = [rng.choose(KINDS) for _ in range(rng.between(shortest, longest))]
-        while (drawn := self._numbers(rng, kinds)) is None:
-            pass  # every plan of up to four events fits into 0..20, the narrowest range that the schema allows
-        start, events = drawn
+        start, events = self._events(rng)
         who = rng.choose(NAMES)
         friend, item = rng.choose([name for name in NAMES if name != who]), rng.choose(ITEMS)
         lines = [rng.choose(STARTS).format(name=who, x=start, item=item)]
         for event in events:
             lines.append(rng.choose(PHRASES[event.kind]).format(name=who, friend=friend, n=event.n, k=event.k))
         lines.append(rng.choose(ASKS).format(name=who, item=item))
-        story = Story(question_id, " ".join(lines), "", "", len(events), who, start, events)
         gold = str(self._amounts(start, events)[-1])
-        return replace(story, gold=gold, rationale=self.solve(story, "equations"))
+        story = Story(question_id, " ".join(lines), gold, "", len(events), who, start, events)
+        return replace(story, rationale=self.solve(story, "equations"))
 
-    def _numbers(self, rng: _Draws, kinds: list[str]) -> tuple[int, tuple[Event, ...]] | None:
-        """A start and a number for each event that keep every amount in 1..largest_number; None where a draw fails."""
-        largest = self.params.largest_number
-        x = start = rng.between(1, largest)
-        events = []
-        for kind in kinds:
-            n = k = 1
-            if kind in ("gain", "loss"):
-                n = rng.between(1, LARGEST_STEP)
-            elif kind == "groups":
-                n, k = rng.between(2, LARGEST_GROUP), rng.between(2, LARGEST_COUNT)
-            elif kind == "sharing":
-                k = rng.between(2, LARGEST_COUNT)
-            event = Event(kind, n, k)
-            exact = {"gain": x + n, "loss": x - n, "groups": x + k * n, "doubling": 2 * x, "sharing": x / k}[kind]
-            if not 1 <= exact <= largest or event.after(x, largest) != exact:
-                return None
-            x = int(exact)
-            events.append(event)
-        return start, tuple(events)
+    def _events(self, rng: _Draws) -> tuple[int, tuple[Event, ...]]:
+        """A start and what follows. The kinds are drawn first and kept, so that none is rarer for fitting less often."""
+        while True:
+            length = rng.between(self.params.min_operations, self.params.max_operations)
+            kinds = [rng.choose(KINDS) for _ in range(length)]
+            for _ in range(20_000):  # some plans fit into no narrow range: bags, then doubled thrice, make 40 or more
+                x = start = rng.between(1, self.params.largest_number)
+                events = []
+                for kind in kinds:
+                    event = rng.event(kind)
+                    if not event.fits(x, self.params.largest_number):
+                        break
+                    events.append(event)
+                    x = event.after(x)
+                else:
+                    return start, tuple(events)
 
 
 class _Draws:
@@ -233,5 +215,13 @@ class _Draws:
     def between(self, low: int, high: int) -> int:
         return low + int(self._random() * (high - low + 1))
 
-    def choose(self, options):
+    def choose(self, options: Sequence[str]) -> str:
         return options[self.between(0, len(options) - 1)]
+
+    def event(self, kind: str) -> Event:
+        """Gains and losses of 1 to 20; 2 to 5 bags of 2 to 9; 2 to 5 shares."""
+        if kind in ("gain", "loss"):
+            return Event(kind, n=self.between(1, 20))
+        if kind == "groups":
+            return Event(kind, n=self.between(2, 9), k=self.between(2, 5))
+        return Event(kind, k=self.between(2, 5)) if kind == "sharing" else Event(kind)
