@@ -1,0 +1,81 @@
+"""Break the algorithm on purpose, one place at a time, and see that a named test notices: `python tests/mutants.py`.
+
+Each mutant is one replaced text in a copy of the project; the test that must fail is run there. Exit status 1 if one
+lives. Not collected by pytest, since it takes a few minutes.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LOSSES, CREDIT, BUFFER = "meml_lib/training/losses.py", "meml_lib/training/credit.py", "meml_lib/training/buffer.py"
+NLL = "    return -(weight_N[:, None] * logp_NT.masked_fill(~mask_NT, 0.0)).sum()"
+GAP = "    gap_NT = best_logp_NT.detach() - logp_NT\n    return (weight_N[:, None] * gap_NT.masked_fill(~mask_NT, 0.0)).sum()"
+K2 = "0.5 * gap_NT.masked_fill(~mask_NT, 0.0).square()"
+TOKEN_KL = "    kl_NT = (best_NTV.exp() * (best_NTV - log_probs_NTV)).sum(-1)"
+LITERAL = "    gap_NT = logp_NT - best_logp_NT"
+
+MUTANTS = [  # what is broken, file, text, its replacement, the test that must fail
+    ("nll: sign", LOSSES, NLL, NLL.replace("-(", "("), "test_losses.py::test_weighted_nll_raises_an_answer_with_positive_weight"),
+    ("forward_kl: sign", LOSSES, GAP, GAP.replace("return (", "return -("), "test_losses.py::test_mutual_loss_raises_the_worst_experts_probability"),
+    ("k2: sign", LOSSES, K2, f"-{K2}", "test_losses.py::test_mutual_k2_loss_pulls_from_both_sides_and_fades"),
+    ("token_kl: sign", LOSSES, TOKEN_KL, TOKEN_KL.replace("(best_NTV.exp", "-(best_NTV.exp"), "test_losses.py::test_mutual_token_kl_loss_moves_the_whole_distribution"),
+    ("literal: sign", LOSSES, LITERAL, "    gap_NT = best_logp_NT - logp_NT", "test_losses.py::test_literal_mutual_loss_pushes_the_worst_expert_away"),
+    ("nll: no mask", LOSSES, NLL, NLL.replace(".masked_fill(~mask_NT, 0.0)", ""), "test_losses.py::test_weighted_nll_raises_an_answer_with_positive_weight"),
+    ("forward_kl: no mask", LOSSES, GAP, GAP.replace(".masked_fill(~mask_NT, 0.0)", ""), "test_losses.py::test_mutual_loss_raises_the_worst_experts_probability"),
+    ("k2: no mask", LOSSES, K2, "0.5 * gap_NT.square()", "test_losses.py::test_mutual_k2_loss_pulls_from_both_sides_and_fades"),
+    ("token_kl: no mask", LOSSES, "kl_NT.masked_fill(~mask_NT, 0.0)", "kl_NT", "test_losses.py::test_mutual_token_kl_loss_moves_the_whole_distribution"),
+    ("mask by multiplying", LOSSES, NLL, "    return -(weight_N[:, None] * logp_NT * mask_NT).sum()", "test_losses.py::test_weighted_nll_raises_an_answer_with_positive_weight"),
+    ("forward_kl: no stop-gradient", LOSSES, GAP, GAP.replace(".detach()", ""), "test_losses.py::test_mutual_loss_raises_the_worst_experts_probability"),
+    ("token_kl: no stop-gradient", LOSSES, "best_log_probs_NTV.detach()", "best_log_probs_NTV", "test_losses.py::test_mutual_token_kl_loss_moves_the_whole_distribution"),
+    ("a plain mean instead of weights", LOSSES, NLL, "    return -logp_NT[mask_NT].mean()", "test_losses.py::test_weighted_nll_raises_an_answer_with_positive_weight"),
+    ("group by question, not (question, expert)", CREDIT, "rewards_BEG.mean(-1, keepdim=True)", "rewards_BEG.mean((-2, -1), keepdim=True)", "test_credit.py::test_advantage_compares_a_rollout_with_its_own_expert_only"),
+    ("best and worst exchanged", CREDIT, "return best_B, worst_B,", "return worst_B, best_B,", "test_credit.py::test_best_and_worst_follow_the_mean_reward"),
+    ("equal rewards not exactly 0", CREDIT, "return gap_BEG.masked_fill(agrees_BE1, 0.0)", "return gap_BEG", "test_credit.py::test_equal_rewards_give_exactly_zero"),
+    ("K off by one", BUFFER, "wrong > self.wrong_over", "wrong >= self.wrong_over", "test_credit.py::test_buffer_takes_offers_only_above_wrong_over"),
+    ("buffer keeps every offer", BUFFER, " and chance < self.wrong_over / self.rollouts", "", "test_credit.py::test_buffer_keeps_an_offer_with_chance_k_over_g"),
+    ("wrong rollouts in O+", LOSSES, "            if reward == 1.0:", "            if True:", "test_losses.py::test_mutual_part_shows_the_worst_expert_the_best_ones_right_rollouts_only"),
+    ("O+ under the best expert's prompt", LOSSES, "Row(prompts_BE[b][worst], rollout.tokens)", "Row(prompts_BE[b][best], rollout.tokens)", "test_losses.py::test_mutual_part_shows_the_worst_expert_the_best_ones_right_rollouts_only"),
+    ("one seed for all rollouts of a group", "meml_lib/training/ask.py", "uniforms(*key, *k, count=limit)", "uniforms(*key, *k[:2], count=limit)", "test_riel.py::test_every_rollout_of_a_group_has_a_draw_of_its_own"),
+    ("the step is not in the draw's seed", "meml_lib/training/ask.py", "uniforms(*key, *k, count=limit)", "uniforms(*k, count=limit)", "test_riel.py::test_every_rollout_of_a_group_has_a_draw_of_its_own"),
+    ("a truncated answer is graded", "meml_lib/training/ask.py", "if rollout.ended else (None, None)", "", "test_riel.py::test_a_truncated_answer_is_unreadable_whatever_it_holds"),
+    ("denominator of the micro-batch, not the step", "meml_lib/training/learner.py", "weight_N[batch])", "weight_N[batch] * len(rows) / len(batch))", "test_learner.py::test_micro_batch_size_cannot_change_the_update"),
+    ("no end token to learn", "meml_lib/training/policy.py", "[\"input_ids\"], self.answer_end_id)", "[\"input_ids\"],)", "test_policy.py::test_an_answer_trains_its_end_token_even_where_pad_is_eos"),
+    ("bfloat16 without float32 copies", "meml_lib/training/learner.py", "p.detach().float() if p.dtype != torch.float32 else p for", "p for", "test_learner.py::test_bfloat16_weights_keep_updates_smaller_than_their_own_grid"),
+]  # fmt: skip
+
+
+def survives(file: str, text: str, replacement: str, test: str) -> bool:
+    """Whether the test still passes with the text replaced. Raises: LookupError if the text is not there once."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for part in ("meml_lib", "tests", "params", "pyproject.toml"):
+            source = ROOT / part
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, copy / part)
+        source = (copy / file).read_text()
+        if source.count(text) != 1:
+            raise LookupError(f"{file} holds {source.count(text)} times, want once: {text!r}")
+        (copy / file).write_text(source.replace(text, replacement))
+        command = [sys.executable, "-m", "pytest", "-q", "-x", f"tests/{test}"]
+        done = subprocess.run(command, cwd=copy, env=os.environ | {"PYTHONPATH": str(copy)}, capture_output=True, text=True)
+        if done.returncode not in (0, 1):
+            raise RuntimeError(f"{test} did not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        return done.returncode == 0
+
+
+def main() -> int:
+    alive = 0
+    for name, file, text, replacement, test in MUTANTS:
+        lives = survives(file, text, replacement, test)
+        alive += lives
+        print(f"{'LIVES ' if lives else 'killed'}  {name:<46} {test}", flush=True)
+    print(f"{len(MUTANTS) - alive} of {len(MUTANTS)} mutants killed")
+    return int(alive > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
