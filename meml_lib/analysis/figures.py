@@ -115,7 +115,7 @@ def error_overlap(answers: pd.DataFrame, *, title: str = "Error overlap", note: 
         all_or_none = [("#7F7F7F" if row.any() and not row.all() else "#222222") for row in wrong]
         drawn = bars.bar(places, shown["questions"], color=all_or_none, width=0.72)
         bars.bar_label(drawn, fontsize=8, padding=1)
-        bars.set(ylabel="questions", xticks=[], xlim=(-0.6, len(shown) - 0.4))
+        bars.set(ylabel="questions", xticks=[], xlim=(-0.6, max(5, len(shown)) - 0.4))
         bars.grid(axis="x", visible=False)
         bars.margins(y=0.12)
         bars.set_title("Questions wrong for exactly these")
@@ -194,12 +194,14 @@ def curves(metrics: pd.DataFrame, *, order: Sequence[str] | None = None, title: 
             axes.set_ylim(0, 1)
             _groups(_panel(next(panels), "Groups of rollouts", "% of (question, expert)"), metrics)
             axes = _panel(next(panels), "Losses, before their weights", "nats per token")
-            names = [column for column in metrics if column.startswith("loss/") and metrics[column].notna().any()]
-            for name, look in looks([name.removeprefix("loss/") for name in names]).items():
-                trained = metrics[metrics[f"rows/{name}"] > 0]  # a step without rows has no loss
-                _smooth(axes, trained, f"loss/{name}", name, look)
+            for name, look in looks(["grpo", "mutual", "buffer_sft"]).items():
+                if f"rows/{name}" in metrics:
+                    trained = metrics[metrics[f"rows/{name}"] > 0]  # a step without rows has no loss
+                    _smooth(axes, trained, f"loss/{name}", name if len(trained) else f"{name} (never)", look)
             _buffer(_panel(next(panels), "Hard-example buffer", "questions held"), metrics)
-            _smooth(_panel(next(panels), "Entropy of the policy", "nats per token"), metrics, "entropy", "", alone)
+            axes = _panel(next(panels), "Entropy of the policy", "nats per token")
+            _smooth(axes, metrics, "entropy", "", alone)
+            axes.set_ylim(bottom=0)
             if not validated:
                 axes = _panel(next(panels), "Rollouts that cannot count", "share of rollouts (0 to 1)")
                 for name, look in looks(["truncated", "unreadable"]).items():
@@ -213,6 +215,7 @@ def curves(metrics: pd.DataFrame, *, order: Sequence[str] | None = None, title: 
         if validated:
             _validation(_panel(next(panels), "Validation accuracy (greedy)", "% of questions"), metrics, experts, style)
         for axes in figure.axes:
+            axes.set_xlim(metrics["step"].min() - 0.5, metrics["step"].max() + 0.5)
             if axes.get_legend_handles_labels()[0] and axes.get_legend() is None:
                 axes.legend()
         if title:
@@ -242,7 +245,7 @@ def rewards(
                 axes.plot(lines.mean(axis=1), label=f"{arm} ({len(seeds)})", **look)
                 values = lines.set_axis([f"seed_{i}" for i in range(len(seeds))], axis=1)
                 tables.append(values.assign(arm=arm, measure=column).reset_index())
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, max(axes.get_ylim()[1], 0.05 * scale))
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper left", ncols=3, title="arm (seeds)", alignment="left")
     return Picture(figure, pd.concat(tables, ignore_index=True))
@@ -353,6 +356,7 @@ def _panel(axes: Axes, title: str, ylabel: str) -> Axes:
 def _heatmap(axes: Axes, matrix: pd.DataFrame, cmap: str, low: float, high: float) -> None:
     values = matrix.to_numpy(dtype=float)
     axes.imshow(values, cmap=cmap, vmin=low, vmax=high)
+    axes.set_facecolor("#EEEEEE")  # shows where there is no number
     middle = (high - low) * 0.6
     for (i, j), value in np.ndenumerate(values):
         dark = abs(value - (low if low == 0 else 0)) > middle / (1 if low == 0 else 2)
@@ -391,7 +395,7 @@ def _groups(axes: Axes, metrics: pd.DataFrame) -> None:
     )
     for area, hatch in zip(stack, HATCHES, strict=True):
         area.set(hatch=hatch, edgecolor="#555555", linewidth=0.4)
-    axes.set(ylim=(0, 100), xlim=(metrics["step"].min(), metrics["step"].max()))
+    axes.set_ylim(0, 100)
     axes.legend(loc="upper center", ncols=3, frameon=True, fontsize=7, columnspacing=0.8, handlelength=1.3)
 
 
@@ -400,7 +404,7 @@ def _validation(axes: Axes, metrics: pd.DataFrame, experts: Sequence[str], style
         if (column := f"validation_accuracy/{name}") in metrics:
             seen = metrics.dropna(subset=column)
             axes.plot(seen["step"], 100 * seen[column], label=name, markersize=4, **style[name]._asdict())
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, max(axes.get_ylim()[1], 5))
 
 
 def _buffer(axes: Axes, metrics: pd.DataFrame) -> None:
