@@ -188,12 +188,13 @@ def test_unknown_styles_kinds_and_splits_are_errors():
 
 
 def released(name, **changes):
-    return tasks.load(schema.ReleasedParams(**(yaml.safe_load((PARAMS / f"{name}.yaml").read_text())["task"] | changes)))
+    values = yaml.safe_load((PARAMS / f"{name}.yaml").read_text())["task"]
+    return tasks.load(schema.ReleasedParams(**(values | {"source": "files"} | changes)))
 
 
 @needs_data
 def test_gsm8k_accepts_every_gold_answer_and_rejects_near_misses():
-    task = released("gsm8k", source="files")
+    task = released("gsm8k")
     assert [len(task.questions(split)) for split in SPLITS] == [6973, 500, 1319]
     raw = {
         f"gsm8k-{part}-{i}": json.loads(line)["answer"]
@@ -212,7 +213,7 @@ def test_gsm8k_accepts_every_gold_answer_and_rejects_near_misses():
 
 @needs_data
 def test_gsm8k_leaves_out_solutions_without_marks_for_two_styles():
-    task = released("gsm8k", source="files")
+    task = released("gsm8k")
     for style in task.styles:
         answers = [(task.teach(question, derived(style)), question) for question in everything(task)]
         assert sum(text is None for text, _ in answers) == (0 if style == "gold" else 113)
@@ -222,7 +223,7 @@ def test_gsm8k_leaves_out_solutions_without_marks_for_two_styles():
 
 @needs_data
 def test_gsm8k_programs_print_the_gold_answer():
-    task = released("gsm8k", source="files")
+    task = released("gsm8k")
     numbers = 0
     for question in task.questions("test"):
         if program := task.teach(question, derived("program")):
@@ -237,19 +238,19 @@ def test_gsm8k_programs_print_the_gold_answer():
 @needs_data
 @pytest.mark.parametrize("name", ["gsm8k", "mathqa", "strategyqa"])
 def test_released_splits_share_no_question_and_a_cap_only_drops(name):
-    task, capped = released(name, source="files"), released(name, source="files", train_questions=100)
+    task, capped = released(name), released(name, train_questions=100)
     texts = [{question.text for question in task.questions(split)} for split in SPLITS]
     assert not texts[0] & texts[1] and not texts[0] & texts[2] and not texts[1] & texts[2]
     assert len({question.id for question in everything(task)}) == len(everything(task))
     assert len(capped.questions("train")) == 100 and set(capped.questions("train")) < set(task.questions("train"))
     assert capped.questions("validation") == task.questions("validation")
-    other = released(name, source="files", split_seed=1)
+    other = released(name, split_seed=1)
     assert other.questions("validation") != task.questions("validation")
 
 
 @needs_data
 def test_mathqa_counts_every_row_and_accepts_every_gold_answer():
-    task = released("mathqa", source="files")
+    task = released("mathqa")
     assert len(everything(task)) + sum(task.malformed.values()) == 4475 + 2985
     assert task.malformed == {"the right option stands twice": 25}
     as_written = Counter()
@@ -274,11 +275,12 @@ def test_mathqa_options_are_read_however_they_are_printed():
 
 @needs_data
 def test_strategyqa_accepts_every_gold_answer():
-    task = released("strategyqa", source="files")
+    task = released("strategyqa")
     assert len(everything(task)) == 2290 and len(task.questions("test")) == 458
     for question in everything(task):
         other = {"yes": "no", "no": "yes"}[question.gold]
-        for text in (question.gold, str(question.gold == "yes"), question.rationale, f"So the answer is {question.gold}."):
+        as_released = str(question.gold == "yes")
+        for text in (question.gold, as_released, question.rationale, f"So the answer is {question.gold}."):
             assert task.grade(text, question).correct is True, text
         assert task.grade(f"#### {other}", question).correct is False
         for style in task.styles:
@@ -298,8 +300,10 @@ def test_equal_texts_never_straddle_a_hold_out():
 def gsm8k_files(folder):
     (folder / "gsm8k").mkdir()
     for part, size in (("train", 6), ("test", 3)):
-        rows = [{"question": f"{part} {i}?", "answer": f"1+{i} = <<1+{i}={1 + i}>>{1 + i}\n#### {1 + i}"} for i in range(size)]
-        (folder / "gsm8k" / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        answers = [f"1+{i} = <<1+{i}={1 + i}>>{1 + i}\n#### {1 + i}" for i in range(size)]
+        rows = [{"question": f"{part} {i}\u2028?", "answer": answer} for i, answer in enumerate(answers)]
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        (folder / "gsm8k" / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def gsm8k_params(source):
@@ -331,7 +335,8 @@ def test_the_hub_gives_the_same_questions_and_its_lack_is_explained(tmp_path, mo
 
     def local(*name, split):
         asked.append(name)
-        return real("json", data_files=str(tmp_path / "gsm8k" / f"{split}.jsonl"), split="train", cache_dir=str(tmp_path))
+        file = str(tmp_path / "gsm8k" / f"{split}.jsonl")
+        return real("json", data_files=file, split="train", cache_dir=str(tmp_path))
 
     monkeypatch.setattr(datasets, "load_dataset", local)
     assert everything(gsm8k.Gsm8k(gsm8k_params("hub"))) == everything(from_files)
@@ -356,7 +361,8 @@ def own(path, text, **changes):
 
 def test_jsonl_divides_what_names_no_split(tmp_path):
     lines = [json.dumps({"question": f"What is {i} + 1 ?", "answer": i + 1}) for i in range(10)]
-    lines.append(json.dumps({"id": "mine", "question": "1 + 1 ?", "answer": "2.0", "rationale": "two", "split": "test"}))
+    mine = {"id": "mine", "question": "1 + 1 ?", "answer": "2.0", "rationale": "two", "split": "test"}
+    lines.append(json.dumps(mine))
     task = own(tmp_path / "sums.jsonl", "\n".join(lines))
     assert [len(task.questions(split)) for split in SPLITS] == [6, 2, 3]
     mine = {question.id: question for question in task.questions("test")}["mine"]
@@ -368,14 +374,14 @@ def test_jsonl_divides_what_names_no_split(tmp_path):
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
-        ('{"question": "?", "answr": 1}', r"own.jsonl:2: unknown key 'answr'; did you mean 'answer'\?"),
-        ('{"question": "?"}', "own.jsonl:2: key 'answer' is missing"),
+        ('{"question": "?", "answer": 1, "splt": 1}', "own.jsonl:2: splt=1: .*keys: question, answer"),
+        ('{"question": "?"}', "own.jsonl:2: answer=.*required"),
         ('{"question": "?", "answer": "many"}', "own.jsonl:2: answer='many' cannot be read as number"),
-        ('{"question": "?", "answer": 1, "split": "dev"}', "own.jsonl:2: split='dev' must be one of"),
-        ('{"question": 5, "answer": 1}', "own.jsonl:2: question=5 must be str"),
+        ('{"question": "?", "answer": 1, "split": "dev"}', "own.jsonl:2: split='dev': .*'validation'"),
+        ('{"question": 5, "answer": 1}', "own.jsonl:2: question=5: .*string"),
         ('{"question": "1 + 0 ?", "answer": 1}', "own.jsonl:2: question='1 . 0 .' stands in .*own.jsonl:1 already"),
-        ("[1]", "own.jsonl:2: .* must be a JSON object"),
-        ("{", "own.jsonl:2: no JSON"),
+        ("[1]", "own.jsonl:2: line=.1.: "),
+        ("{", "own.jsonl:2: line='{': Invalid JSON"),
     ],
 )
 def test_jsonl_errors_name_file_line_key_and_value(tmp_path, line, complaint):
@@ -386,7 +392,11 @@ def test_jsonl_errors_name_file_line_key_and_value(tmp_path, line, complaint):
 
 @pytest.mark.parametrize(
     ("kind", "answer", "good", "bad"),
-    [("letter", "C", "answer : c", "#### d"), ("yes_no", True, "Yes.", "#### no"), ("text", "Paris", "#### paris", "Rome")],
+    [
+        ("letter", "C", "answer : c", "#### d"),
+        ("yes_no", True, "Yes.", "#### no"),
+        ("text", "Paris", "#### paris", "Rome"),
+    ],
 )
 def test_jsonl_reads_answers_as_asked(tmp_path, kind, answer, good, bad):
     task = own(tmp_path / "own.jsonl", json.dumps({"question": "?", "answer": answer}), answer=kind)

@@ -47,7 +47,7 @@ def load_panel(params: schema.ExpertsParams) -> Panel:
 
 
 def answered_split(panel: Sequence[Expert]) -> Split:
-    """Which questions the panel's teachers answered: the training questions; published models, GSM8K's test questions."""
+    """Which questions the panel's teachers answered: the training ones; published models, GSM8K's test questions."""
     return "test" if any(isinstance(expert.teacher, schema.PublishedTeacher) for expert in panel) else "train"
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from difflib import get_close_matches
-from pathlib import Path
 from typing import get_args
 
-from meml_lib import schema
+from pydantic import NonNegativeInt, ValidationError
+
+from meml_lib import config, schema
 from meml_lib.tasks import Question, Split, Task, reading
 from meml_lib.tasks.released import hold_out
 
@@ -17,18 +16,23 @@ READERS = {
     "yes_no": reading.yes_no,
     "text": reading.free_text,
 }
-KEYS = {
-    "id": str,
-    "question": str,
-    "answer": str | int | float,
-    "rationale": str,
-    "split": str,
-    "difficulty": int,
-}
+
+
+class Line(schema.Section):
+    """What one line holds."""
+
+    question: schema.Text
+    answer: bool | int | float | schema.Text
+    rationale: str = ""
+    id: schema.Text | None = None
+    """null: the file's name and the line."""
+    split: Split | None = None
+    """null: divided by the shares."""
+    difficulty: NonNegativeInt = 1
 
 
 class Jsonl(Task):
-    """Lines {id?, question, answer, rationale?, split?, difficulty?}; what names no split is divided by the shares.
+    """Each line is a `Line`; lines that name no split are divided by the shares.
 
     A rationale that does not end in its answer gets the line "#### answer". Style: `gold`, the rationale.
     """
@@ -39,9 +43,9 @@ class Jsonl(Task):
         return READERS[self.params.answer](text)
 
     def _build(self) -> tuple[dict[str, list[Question]], dict[str, int]]:
-        path = Path(self.params.path)
+        path = config.locate(self.params.path)
         if not path.is_file():
-            raise FileNotFoundError(f"task.path={self.params.path!r} is no file (looked in {Path.cwd()})")
+            raise FileNotFoundError(f"task.path={self.params.path!r} is no file (looked for {path})")
         splits: dict[str, list[Question]] = {name: [] for name in get_args(Split)}
         free: list[Question] = []
         places: dict[str, str] = {}
@@ -65,30 +69,19 @@ class Jsonl(Task):
         splits["train"] += free
         return splits, {}
 
-    def _question(self, line: str, place: str, *, default_id: str) -> tuple[Question, str | None]:
+    def _question(self, text: str, place: str, *, default_id: str) -> tuple[Question, Split | None]:
         """The line's question and the split it names. Raises: ValueError with file, line, key and value."""
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{place}: no JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{place}: {line.strip()[:60]!r} must be a JSON object")
-        for key, value in row.items():
-            if key not in KEYS:
-                near = get_close_matches(key, KEYS, 1)
-                raise ValueError(f"{place}: unknown key {key!r}{f'; did you mean {near[0]!r}?' if near else ''}")
-            if not isinstance(value, KEYS[key]):
-                raise ValueError(f"{place}: {key}={value!r} must be {getattr(KEYS[key], '__name__', KEYS[key])}")
-        for key in ("question", "answer"):
-            if not str(row.get(key, "")).strip():
-                raise ValueError(f"{place}: key {key!r} is missing or empty")
-        if row.get("split") not in (None, *get_args(Split)):
-            raise ValueError(f"{place}: split={row['split']!r} must be one of {list(get_args(Split))}")
-        gold = self.read(f"#### {row['answer']}")
+            line = Line.model_validate_json(text)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            key = fault["loc"][0] if fault["loc"] else "line"
+            keys = ", ".join(Line.model_fields)
+            raise ValueError(f"{place}: {key}={fault['input']!r}: {fault['msg']} (keys: {keys})") from error
+        gold = self.read(f"#### {line.answer}")
         if gold is None:
-            raise ValueError(f"{place}: answer={row['answer']!r} cannot be read as {self.params.answer}")
-        rationale = row.get("rationale", "").strip()
+            raise ValueError(f"{place}: answer={line.answer!r} cannot be read as {self.params.answer}")
+        rationale = line.rationale.strip()
         if self.read(rationale) != gold:
-            rationale = f"{rationale}\n#### {row['answer']}".strip()
-        text, difficulty = row["question"].strip(), row.get("difficulty", 1)
-        return Question(row.get("id", default_id), text, gold, rationale, difficulty), row.get("split")
+            rationale = f"{rationale}\n#### {line.answer}".strip()
+        return Question(line.id or default_id, line.question.strip(), gold, rationale, line.difficulty), line.split

@@ -73,7 +73,10 @@ def read_options(text: str) -> dict[str, str] | None:
     '1,500'
     """
     if text.startswith("["):
-        text = " , ".join(ast.literal_eval(text))
+        try:
+            text = " , ".join(ast.literal_eval(text))
+        except (SyntaxError, ValueError, TypeError):
+            return None
     found = _OPTIONS.fullmatch(text.strip())
     if found is None:
         return None

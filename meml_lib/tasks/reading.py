@@ -68,7 +68,7 @@ def number(text: str, *, marked: bool = False) -> str | None:
 
     It stands after the last `####`, else `\\boxed{`, else `A:`, else "the answer is" (after that line's last equals
     sign, if it has one); without any of these it is the text's last number. Thousands separators, currency, percent
-    and units are dropped. An unevaluated power and a number of more than 40 digits are unreadable.
+    and units are dropped. A part of something else (9**9, 16 - 3, 10:30) and more than 40 digits are unreadable.
 
     Args:
       marked: read after `####` only, so that an answer cut short is unreadable.

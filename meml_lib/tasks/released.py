@@ -63,8 +63,8 @@ def data_folder(name: str) -> Path:
 
 def read_rows(path: Path) -> list[dict]:
     """The objects of a JSON array file, or of a file with one JSON object a line."""
-    text = path.read_text(encoding="utf-8")
-    return json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line]
+    with path.open(encoding="utf-8") as file:  # not splitlines(): it would also split at U+2028 inside a text
+        return json.load(file) if path.suffix == ".json" else [json.loads(line) for line in file if line.strip()]
 
 
 def hold_out(questions: Sequence[Question], size: int, seed: int) -> tuple[list[Question], list[Question]]:

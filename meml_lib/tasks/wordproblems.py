@@ -189,7 +189,7 @@ class WordProblems(Task):
         return replace(story, rationale=self.solve(story, "equations"))
 
     def _events(self, rng: _Draws) -> tuple[int, tuple[Event, ...]]:
-        """A start and what follows. The kinds are drawn first and kept, so that none is rarer for fitting less often."""
+        """A start and what follows. Kinds are drawn first and kept, so that none is rarer for fitting less often."""
         while True:
             length = rng.between(self.params.min_operations, self.params.max_operations)
             kinds = [rng.choose(KINDS) for _ in range(length)]
