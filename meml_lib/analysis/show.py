@@ -20,6 +20,11 @@ def percent(table: pd.DataFrame) -> pd.DataFrame:
     return table.drop(columns=["share", "low", "high"]).assign(**{"% [95 % interval]": text})
 
 
+def table(frame: pd.DataFrame):
+    """A table of texts in full, from the left, without row numbers."""
+    return frame.style.hide().set_table_styles([{"selector": "th, td", "props": "text-align: left; vertical-align: top"}])
+
+
 def shared_errors(answers: pd.DataFrame) -> pd.DataFrame:
     """Both readings of the overlap of all experts' errors: reading, wrong_for_all, of (counts), share, low, high (Wilson)."""
     found = overlap.overlap_all(answers)
