@@ -28,9 +28,17 @@ def metrics(steps: int = 40, **columns) -> pd.DataFrame:
     step = np.arange(steps)
     wrong = np.linspace(0.8, 0.2, steps)
     groups = {"groups_all_wrong": wrong, "groups_mixed": (1 - wrong) / 2, "groups_all_right": (1 - wrong) / 2}
-    losses = {"loss": 0.5 + 0 * step, "loss/grpo": 0.1 + 0 * step, "rows/grpo": 8, "loss/buffer_sft": 1.0, "rows/buffer_sft": step % 9 == 8}
+    losses = {
+        "loss": 0.5 + 0 * step,
+        "loss/grpo": 0.1 + 0 * step,
+        "rows/grpo": 8,
+        "loss/buffer_sft": 1.0,
+        "rows/buffer_sft": step % 9 == 8,
+    }
     rest = {"entropy": 0.4, "truncated": 0.1, "unreadable": 0.2, "buffer_size": step % 9, "buffer_flushes": step // 9}
-    return pd.DataFrame({"step": step, "reward": 1 - wrong, "reward/ann": 1 - wrong, **groups, **losses, **rest, **columns})
+    return pd.DataFrame(
+        {"step": step, "reward": 1 - wrong, "reward/ann": 1 - wrong, **groups, **losses, **rest, **columns}
+    )
 
 
 def line(axes, label: str):
@@ -59,7 +67,9 @@ def test_curves_of_stage_2(validated):
     assert "Buffer: 4 flushes (ticks)" in panels
     smooth = line(panels["Reward"], "ann").get_ydata()
     assert smooth[20] == pytest.approx(frame["reward"][19:21].mean())  # 40 steps: a window of 2
-    assert len(line(panels["Losses, before their weights"], "buffer_sft").get_xdata()) == 4  # only the steps that had rows
+    assert (
+        len(line(panels["Losses, before their weights"], "buffer_sft").get_xdata()) == 4
+    )  # only the steps that had rows
 
 
 def test_curves_of_stage_1_and_of_an_unused_buffer():

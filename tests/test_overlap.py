@@ -52,7 +52,9 @@ def test_overlap_is_intersection_over_union_and_says_the_other_reading_too():
     assert pairs.loc["ann", "bob"] == pytest.approx(2 / 4)
     assert pairs.loc["ann", "cem"] == pytest.approx(3 / 5)
     assert pairs.loc["bob", "bob"] == 1
-    assert overlap.overlap_all(table()) == overlap.Overlap(iou=2 / 5, all_wrong_share=2 / 6, all_wrong=2, any_wrong=5, questions=6)
+    assert overlap.overlap_all(table()) == overlap.Overlap(
+        iou=2 / 5, all_wrong_share=2 / 6, all_wrong=2, any_wrong=5, questions=6
+    )
 
 
 def test_overlap_of_flawless_experts_is_undefined_not_zero():
@@ -142,7 +144,14 @@ def test_unequal_numbers_of_samples_are_an_error():
 def test_by_difficulty_parts_the_questions():
     questions = pd.DataFrame({"question_id": list(RIGHT), "difficulty": [1, 1, 2, 2, 2, 1]})
     frame = overlap.by_difficulty(table(), questions).set_index(["difficulty", "expert"])
-    assert frame["right"].to_dict() == {(1, "ann"): 3, (1, "bob"): 2, (1, "cem"): 1, (2, "ann"): 0, (2, "bob"): 1, (2, "cem"): 0}
+    assert frame["right"].to_dict() == {
+        (1, "ann"): 3,
+        (1, "bob"): 2,
+        (1, "cem"): 1,
+        (2, "ann"): 0,
+        (2, "bob"): 1,
+        (2, "cem"): 0,
+    }
     with pytest.raises(ValueError, match="'q6'"):
         overlap.by_difficulty(table(), questions.iloc[:5])
 

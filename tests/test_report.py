@@ -47,11 +47,22 @@ def metrics(rng, panel, losses) -> list[dict]:
     records = []
     for step in range(20):
         wrong = 0.8 - step / 40
-        groups = {"groups_all_wrong": wrong, "groups_mixed": 0.1, "groups_all_right": 0.9 - wrong, "questions_all_wrong": wrong / 2}
+        groups = {
+            "groups_all_wrong": wrong,
+            "groups_mixed": 0.1,
+            "groups_all_right": 0.9 - wrong,
+            "questions_all_wrong": wrong / 2,
+        }
         rows = {f"rows/{loss}": int(step % 4 == 3 or loss != "buffer_sft") for loss in losses}
         records.append(
             {"step": step, "reward": 1 - wrong, **{f"reward/{expert}": 1 - wrong for expert in panel}, **groups}
-            | {"loss": 1.0, **{f"loss/{loss}": float(rng.random()) for loss in losses}, **rows, "grad_norm": 1.0, "entropy": 0.5}
+            | {
+                "loss": 1.0,
+                **{f"loss/{loss}": float(rng.random()) for loss in losses},
+                **rows,
+                "grad_norm": 1.0,
+                "entropy": 0.5,
+            }
             | {"truncated": 0.0, "unreadable": 0.1, "buffer_size": step % 4, "buffer_flushes": step // 4, "lr": 1e-4}
             | {"sample_seconds": 0.5, "train_seconds": 0.25}
         )
@@ -79,10 +90,15 @@ def study(tmp_path_factory) -> config.Study:
                 folder.write_table("validation_greedy", greedy(rng, panel, chance, split="validation"))
                 folder.write_table("test_sampled", greedy(rng, panel, chance, samples=SAMPLES))
                 texts = [(f"made-test-{q}", f"question {q}", "8", 1 + q % 2) for q in range(QUESTIONS)]
-                folder.write_table("test_questions", pd.DataFrame(texts, columns=["question_id", "text", "gold", "difficulty"]))
+                folder.write_table(
+                    "test_questions", pd.DataFrame(texts, columns=["question_id", "text", "gold", "difficulty"])
+                )
                 if stage == "mef":
                     teachers = greedy(rng, panel, 0.7, split="train")
-                    folder.write_table("teacher_answers", teachers[~((teachers["question_id"] == "made-train-3") & (teachers["expert"] == "story"))])
+                    folder.write_table(
+                        "teacher_answers",
+                        teachers[~((teachers["question_id"] == "made-train-3") & (teachers["expert"] == "story"))],
+                    )
                     for step in range(20):
                         folder.append_metrics({"step": step, "loss": 2.0 - step / 20, "lr": 1e-3, "grad_norm": 1.0})
                 else:
@@ -110,7 +126,9 @@ def table(study, arm, seed, stage="riel", name="test_greedy") -> pd.DataFrame:
 
 
 def right(frame) -> pd.DataFrame:
-    return frame.assign(ok=frame["correct"].fillna(False).astype(float)).pivot(index="question_id", columns="expert", values="ok")
+    return frame.assign(ok=frame["correct"].fillna(False).astype(float)).pivot(
+        index="question_id", columns="expert", values="ok"
+    )
 
 
 def score(data, arm, measure, stage="stage 2") -> dict:
@@ -123,21 +141,30 @@ def test_every_score_is_that_of_the_tables(study, data):
     each = [right(table(study, "full", seed)) for seed in (0, 1)]
     got = score(data, "full", "mean_expert")
     assert got["mean"] == pytest.approx(np.mean([frame.to_numpy().mean() for frame in each]))
-    assert got["per_seed"] == {"0": pytest.approx(each[0].to_numpy().mean()), "1": pytest.approx(each[1].to_numpy().mean())}
+    assert got["per_seed"] == {
+        "0": pytest.approx(each[0].to_numpy().mean()),
+        "1": pytest.approx(each[1].to_numpy().mean()),
+    }
     assert (got["n_questions"], got["n_seeds"]) == (QUESTIONS, 2)
     assert got["low"] < got["mean"] < got["high"]
-    assert score(data, "full", "expert/story")["mean"] == pytest.approx(np.mean([frame["story"].mean() for frame in each]))
+    assert score(data, "full", "expert/story")["mean"] == pytest.approx(
+        np.mean([frame["story"].mean() for frame in each])
+    )
     any_right = np.mean([frame.max(axis=1).mean() for frame in each])
     assert score(data, "full", "any_expert")["mean"] == pytest.approx(any_right)
     assert score(data, "full", "all_wrong")["mean"] == pytest.approx(1 - any_right)
     unreadable = np.mean([table(study, "full", seed)["correct"].isna().mean() for seed in (0, 1)])
     assert score(data, "full", "unreadable")["mean"] == pytest.approx(unreadable) and unreadable > 0
     both = pd.concat(each)
-    assert score(data, "full", "overlap_iou")["mean"] == pytest.approx((both.max(axis=1) == 0).sum() / (both.min(axis=1) == 0).sum())
+    assert score(data, "full", "overlap_iou")["mean"] == pytest.approx(
+        (both.max(axis=1) == 0).sum() / (both.min(axis=1) == 0).sum()
+    )
     story = both[both["story"] == 0]
     assert score(data, "full", "corrected/story")["mean"] == pytest.approx(story.max(axis=1).mean())
     off = np.triu_indices(3, 1)
-    assert score(data, "full", "mean_phi")["mean"] == pytest.approx(np.mean([frame.corr().to_numpy()[off].mean() for frame in each]))
+    assert score(data, "full", "mean_phi")["mean"] == pytest.approx(
+        np.mean([frame.corr().to_numpy()[off].mean() for frame in each])
+    )
     odd = both[both.index.str.extract(r"(\d+)$")[0].astype(int).to_numpy() % 2 == 1]
     assert score(data, "full", "difficulty/2")["mean"] == pytest.approx(odd.to_numpy().mean())
 
@@ -145,7 +172,11 @@ def test_every_score_is_that_of_the_tables(study, data):
 def test_the_best_expert_is_chosen_on_validation_in_each_seed(study, data):
     best = []
     for seed in (0, 1):
-        chosen = right(table(study, "full", seed, name="validation_greedy"))[["equations", "story", "groups"]].mean().idxmax()
+        chosen = (
+            right(table(study, "full", seed, name="validation_greedy"))[["equations", "story", "groups"]]
+            .mean()
+            .idxmax()
+        )
         best.append(right(table(study, "full", seed))[chosen].mean())
     assert score(data, "full", "best_validation")["mean"] == pytest.approx(np.mean(best))
 
@@ -155,7 +186,12 @@ def test_pass_at_k_is_the_mean_over_experts_and_seeds(study, data):
     for seed in (0, 1):
         sampled = table(study, "full", seed, name="test_sampled")
         hits = sampled["correct"].fillna(False).astype(int).groupby([sampled["question_id"], sampled["expert"]]).sum()
-        chances.append({k: np.mean([1 - np.prod([(SAMPLES - c - i) / (SAMPLES - i) for i in range(k)]) for c in hits]) for k in (1, 2, 4)})
+        chances.append(
+            {
+                k: np.mean([1 - np.prod([(SAMPLES - c - i) / (SAMPLES - i) for i in range(k)]) for c in hits])
+                for k in (1, 2, 4)
+            }
+        )
     for k in (1, 2, 4):
         assert score(data, "full", f"pass@{k}")["mean"] == pytest.approx(np.mean([chance[k] for chance in chances]))
 
@@ -192,14 +228,16 @@ def test_teachers_are_compared_on_questions_that_all_answered(study, data):
 
 
 def test_what_has_not_run_is_listed(spare):
-    missing = [(s["name"], s["seed"], s["stage"], s["state"]) for s in report.gather(spare)["stages"] if s["state"] != "done"]
+    missing = [
+        (s["name"], s["seed"], s["stage"], s["state"]) for s in report.gather(spare)["stages"] if s["state"] != "done"
+    ]
     assert missing == [("multi", 1, "stage 2", "not run")]
     RunFolder(spare.run("multi", 1).folder("riel")).set_status("failed", "killed by the system")
     data = report.gather(spare)
     assert data["stages"][-3]["state"] == "failed"
     tables = report.tables(data)
     assert "failed: killed by the system" in tables["runs"]["state"].tolist()
-    assert tables["arms"]["mean expert, stage 2"][1].endswith("(1 of 2 seeds)")
+    assert tables["arms"]["mean expert, stage 2"][1].endswith("(1\xa0of\xa02 seeds)")
 
 
 def test_a_study_without_any_run_still_reports(tmp_path):
@@ -231,14 +269,28 @@ def test_the_report_is_one_page_without_scripts_or_network_and_shows_the_numbers
 def test_a_changed_table_changes_the_report(spare):
     before = score(report.gather(spare), "full", "mean_expert")["mean"]
     answers = table(spare, "full", 0)
-    RunFolder(spare.run("full", 0).folder("riel")).write_table("test_greedy", answers.assign(correct=pd.array([True] * len(answers), dtype="boolean")))
+    RunFolder(spare.run("full", 0).folder("riel")).write_table(
+        "test_greedy", answers.assign(correct=pd.array([True] * len(answers), dtype="boolean"))
+    )
     assert score(report.gather(spare), "full", "mean_expert")["mean"] > before
 
 
 def test_seeds_tested_on_other_questions_are_an_error(spare):
     folder = RunFolder(spare.run("full", 1).folder("riel"))
     folder.write_table("test_greedy", table(spare, "full", 1).replace({"question_id": {"made-test-4": "made-test-99"}}))
-    with pytest.raises(ValueError, match="full, stage 2: seeds 0 and 1 were tested on different questions \\(made-test-4\\)"):
+    with pytest.raises(
+        ValueError, match="full, stage 2: seeds 0 and 1 were tested on different questions \\(made-test-4\\)"
+    ):
+        report.gather(spare)
+
+
+def test_arms_tested_on_different_questions_make_no_pairs(spare):
+    for seed in (0, 1):
+        folder = RunFolder(spare.run("single", seed).folder("riel"))
+        folder.write_table(
+            "test_greedy", table(spare, "single", seed).replace({"question_id": {"made-test-4": "made-test-99"}})
+        )
+    with pytest.raises(ValueError, match="multi and single were tested on different questions"):
         report.gather(spare)
 
 
@@ -251,9 +303,12 @@ def test_the_command_makes_the_same_study_again(study):
 def test_a_small_world_is_never_comparable_to_the_paper(data):
     rows = data["paper"]
     assert {row["verdict"].split(" (")[0] for row in rows} == {"not comparable", "not run"}
-    assert [row["arm"] for row in rows if row["table"] == "table-1"] == ["Multi | expert"] * 2  # one panel, not two arms
+    assert [row["arm"] for row in rows if row["table"] == "table-1"] == [
+        "Multi | expert"
+    ] * 2  # one panel, not two arms
     full = next(row for row in rows if row["row"] == "MEML-GRPO (Expert1)")
-    assert full["verdict"] == "not comparable (the paper's is an average over three data sets; other model: trained from scratch; other teachers)"
+    reasons = "the paper's is an average over three data sets; other model: trained from scratch; other teachers"
+    assert full["verdict"] == f"not comparable ({reasons})"
     assert full["delta"] is None
     assert full["ours"]["mean"] == score(data, "full", "expert/story")["mean"]  # Expert1: second of the panel
 
@@ -264,17 +319,28 @@ def test_the_paper_s_own_setting_gets_a_verdict(study):
     known = {name: {"system": name, "teacher": teacher} for name in run.experts.panel}
     values = {"experts": {"panel": run.experts.panel, "known": known}}
     values |= {"model": {"source": "hub", "path": "Qwen/Qwen2.5-Math-1.5B", "dtype": "bfloat16"}}
-    values |= {"task": {"name": "gsm8k", "source": "files", "train_questions": None, "validation_questions": 500, "split_seed": 0}}
+    values |= {
+        "task": {
+            "name": "gsm8k",
+            "source": "files",
+            "train_questions": None,
+            "validation_questions": 500,
+            "split_seed": 0,
+        }
+    }
     run = config.Run.model_validate(run.model_dump() | values)
     rng = np.random.default_rng(0)
+
+    def row(right_SQ: np.ndarray) -> dict:
+        measures = {"stage 2": {"expert/story": report.Measured("share", right_SQ.astype(float))}}
+        arm = report.ArmResult("full", "Full", run, seeds={"stage 2": [0]}, measures=measures)
+        return next(row for row in claims.rows("table-4", [arm]) if row["row"] == "MEML-GRPO (Expert1)")
+
     for chance, verdict in ((0.8, "reproduced"), (0.3, "not reproduced")):
-        story = (rng.random((5, 1319)) < chance).astype(float)
-        arm = report.ArmResult("full", "Full", run, {"stage 2": [0]}, {"stage 2": {"expert/story": report.Measured("share", story)}})
-        row = next(r for r in claims.rows("table-4", [arm]) if r["row"] == "MEML-GRPO (Expert1)")
-        assert (row["paper"], row["verdict"]) == (79.6, verdict)
-        assert row["delta"] == pytest.approx(100 * story.mean() - 79.6)
-    few = report.ArmResult("full", "Full", run, {"stage 2": [0]}, {"stage 2": {"expert/story": report.Measured("share", story[:1, :60])}})
-    assert next(r for r in claims.rows("table-4", [few]) if r["arm"])["verdict"] == "too few data"
+        story = rng.random((5, 1319)) < chance
+        assert (row(story)["paper"], row(story)["verdict"]) == (79.6, verdict)
+        assert row(story)["delta"] == pytest.approx(100 * story.mean() - 79.6)
+    assert row(story[:1, :60])["verdict"] == "too few data"
 
 
 def test_compare_shows_one_run_beside_the_paper(study):

@@ -17,7 +17,7 @@ def test_one_seed_is_the_t_interval_over_questions():
 
 def test_two_seeds_by_hand():
     # Seed means 0.75 and 0.25: their variance is 0.125, over S = 2: 0.0625. Question means 1, 0.5, 0.5, 0.
-    # The 8 residuals are +-0.25: MS = 0.5 / 3, over S: 1/12; the question means' variance is 1/6, so 1/12 is the questions'.
+    # The 8 residuals are +-0.25: MS = 0.5 / 3, over S: 1/12. The question means' variance is 1/6, so 1/12 is their own.
     values = [[1, 1, 1, 0], [1, 0, 0, 0]]
     expected = np.sqrt(12.7062**2 * 0.0625 + 1.95996**2 / 12 / 4)
     assert stats.half_width(values) == pytest.approx(expected, rel=1e-4)

@@ -86,9 +86,7 @@ def save(picture: Picture, stem: Path | str) -> Path:
 def looks(names: Sequence[str], order: Sequence[str] | None = None) -> dict[str, Look]:
     """Colour, marker and line of each name, by its place in `order` (default: in names); they repeat after seven."""
     places = {name: place for place, name in enumerate(dict.fromkeys([*(order or ()), *names]))}
-    return {
-        name: Look(COLOURS[places[name] % 7], MARKERS[places[name] % 7], LINES[places[name] % 7]) for name in names
-    }
+    return {name: Look(COLOURS[places[name] % 7], MARKERS[places[name] % 7], LINES[places[name] % 7]) for name in names}
 
 
 # --- who errs where ---------------------------------------------------------------------------------------------------
@@ -152,7 +150,8 @@ def shares(table: pd.DataFrame, x: str, *, title: str, xlabel: str = "", order: 
     names = list(table["expert"].unique()) if "expert" in table and x != "expert" else [""]
     style, places = looks(names, order), {value: place for place, value in enumerate(table[x].unique())}
     counts = sorted(table["n"].unique())
-    note = f"n = {counts[0]}{f' to {counts[-1]}' if len(counts) > 1 else ''} questions a point; lines: 95 % intervals (Wilson)"
+    n = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else counts[0]
+    note = f"n = {n} questions a point; lines: 95 % intervals (Wilson)"
     with _figure(max(4.2, 1.6 + 1.1 * len(places)), 2.9, note) as figure:
         axes = figure.subplots()
         for place, name in enumerate(names):
@@ -160,8 +159,12 @@ def shares(table: pd.DataFrame, x: str, *, title: str, xlabel: str = "", order: 
             at = part[x].map(places) + 0.12 * (place - (len(names) - 1) / 2)
             reach = 100 * np.array([part["share"] - part["low"], part["high"] - part["share"]]).clip(0)
             look = style[name]._asdict() | ({} if name else {"linestyle": "none", "color": "#222222"})
-            axes.errorbar(at, 100 * part["share"], reach, label=name or None, capsize=2, elinewidth=1.0, markersize=5, **look)
-        axes.set_xticks(list(places.values()), [str(value) for value in places], rotation=20 * (x in ("expert", "added")))
+            axes.errorbar(
+                at, 100 * part["share"], reach, label=name or None, capsize=2, elinewidth=1.0, markersize=5, **look
+            )
+        axes.set_xticks(
+            list(places.values()), [str(value) for value in places], rotation=20 * (x in ("expert", "added"))
+        )
         axes.set(title=title, ylabel="% of questions", ylim=(0, 102), xlabel=xlabel, xlim=(-0.5, len(places) - 0.5))
         axes.grid(axis="x", visible=False)
         if len(names) > 1:

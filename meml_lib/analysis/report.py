@@ -56,6 +56,7 @@ class ArmResult:
     label: str
     run: config.Run
     seeds: dict[str, list[int]] = field(default_factory=dict)
+    questions: dict[str, pd.Index] = field(default_factory=dict)
     measures: dict[str, dict[str, Measured]] = field(default_factory=dict)
 
     @property
@@ -92,7 +93,7 @@ def measure_arm(arm: str, label: str, runs: Mapping[int, config.Run]) -> ArmResu
             if not each[seed][0].equals(questions):
                 odd = [*each[seed][0].symmetric_difference(questions), "their order"][0]
                 raise ValueError(f"{arm}, {name}: seeds {first} and {seed} were tested on different questions ({odd})")
-        result.seeds[name] = list(each)
+        result.seeds[name], result.questions[name] = list(each), questions
         for key, (kind, *_) in measures.items():
             if all(key in found for _, found in each.values()):
                 columns = zip(*(found[key][1:] for _, found in each.values()), strict=True)
@@ -111,7 +112,6 @@ def _measure(folder: RunFolder, panel: Sequence[str]) -> tuple[pd.Index, dict[st
     mean, best, none = right_QE.mean(axis=1), right[prefer[0]].to_numpy(float), 1 - right_QE.max(axis=1)
     found: dict[str, tuple] = {"mean_expert": ("share", mean), "best_validation": ("share", best)}
     found |= {f"expert/{expert}": ("share", right_QE[:, e]) for e, expert in enumerate(panel)}
-    found["unreadable"] = ("share", unreadable.to_numpy(float))
     if len(panel) > 1:
         vote = overlap.vote(greedy, prefer)["correct"].fillna(False).to_numpy(float)
         found |= {"vote": ("share", vote), "vote_gain": ("number", vote - best), "any_expert": ("share", 1 - none)}
@@ -129,6 +129,7 @@ def _measure(folder: RunFolder, panel: Sequence[str]) -> tuple[pd.Index, dict[st
         sampled = folder.read_table("test_sampled")
         for k in (2**n for n in range(sampled["sample"].nunique().bit_length())):
             found[f"pass@{k}"] = ("share", overlap.hits(sampled, k).mean(axis=1).reindex(right.index).to_numpy())
+    found["unreadable"] = ("share", unreadable.to_numpy(float))
     return right.index, found
 
 
@@ -140,13 +141,16 @@ def _phi_values(right_QE: np.ndarray) -> np.ndarray:
 
 
 def paired(one: ArmResult, other: ArmResult, measure: str, stage: str = "stage 2") -> stats.Interval | None:
-    """one - other on the same questions and seeds; None where they share no seed or lack the measure."""
+    """one - other on the same questions and seeds; None where they share no seed or lack the measure.
+
+    Raises: ValueError if they were tested on different questions.
+    """
     seeds = [seed for seed in one.seeds.get(stage, ()) if seed in other.seeds.get(stage, ())]
     if not seeds or any(measure not in arm.measures[stage] for arm in (one, other)):
         return None
+    if not one.questions[stage].equals(other.questions[stage]):
+        raise ValueError(f"{one.arm} and {other.arm} were tested on different questions: their answers make no pairs")
     a, b = (arm.measures[stage][measure].values_SQ[[arm.seeds[stage].index(s) for s in seeds]] for arm in (one, other))
-    if a.shape != b.shape:
-        raise ValueError(f"{one.arm} was tested on {a.shape[1]} questions, {other.arm} on {b.shape[1]}; no pairs")
     return stats.crossed_mean(a - b)
 
 
@@ -324,7 +328,7 @@ def tables(data: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
         head, _, part = measure.partition("/")
         cell = stats.text(score) if measure != "mean_phi" else stats.text(score, scale=1, digits=2)
         if len(score["per_seed"]) < len(data["seeds"]):
-            cell += f" ({len(score['per_seed'])} of {len(data['seeds'])} seeds)"
+            cell += f" ({len(score['per_seed'])}\N{NO-BREAK SPACE}of\N{NO-BREAK SPACE}{len(data['seeds'])} seeds)"
         if head == "mean_expert":
             arms[label] |= {"n": score["n_questions"], f"mean expert, {stage}": cell}
         elif stage == "stage 2" and (head in (*_ARMS, "unreadable") or head.startswith("pass@")):

@@ -70,9 +70,9 @@ def half_width(values_SQ: ArrayLike, *, power: float = 0.5) -> NDArray:
     The first term is the plain t interval over seed means, S - 1 degrees of freedom: it holds the seeds' variance and
     the noise, however large either is. What it lacks is that all seeds answered the same questions; the second term
     adds that, its variance being the two-way analysis of variance's (MS_questions - MS_residual) / S. Adding the
-    squares of two limits instead of pooling the variances is the modified large-sample method (Burdick and Graybill, Confidence
-    Intervals on Variance Components, 1992). In simulations (tests/test_stats.py; binary answers, 300 questions, 2 to 10
-    seeds) it covers 94.5 to 98.5 %: somewhat conservative where seeds hardly differ. A pooled variance with
+    squares of two limits instead of pooling the variances is the modified large-sample method (Burdick and Graybill,
+    Confidence Intervals on Variance Components, 1992). In simulations (tests/test_stats.py; right or wrong answers, 300
+    questions, 2 to 10 seeds) it covers 94 to 99 %: conservative where seeds hardly differ. A pooled variance with
     Satterthwaite's degrees of freedom is narrower at 2 seeds but fell to 88 % there. The price is a wide interval at
     2 seeds (t = 12.7), which is what 2 seeds can say. With one seed the interval holds the questions' variance alone.
 
