@@ -23,7 +23,7 @@ MOST_DIGITS = 40
 """A longer number is no answer to any question here, and could be made to cost time or memory."""
 
 _NUMBER = re.compile(
-    r"(?<!\d)(?<!\d[.,])"  # never start inside a number: keeps a long run of digits linear
+    r"(?<!\d)(?<!\d[.,])"  # never start inside a number: 1,2345 is none
     r"(?P<sign>(?<![\w)])[-\u2212])?(?:\\?[$\u20ac\u00a3](?P<late_sign>-)?)?"
     r"(?P<digits>(?:\d{1,3}(?:,\d{3})++(?!\d)|\d++)(?:\.\d++)?|(?<!\w)\.\d++)"
     r"(?:\s?/\s?(?P<denominator>\d++))?"
