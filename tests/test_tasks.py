@@ -136,7 +136,7 @@ def test_no_story_stands_in_two_splits():
     questions = everything(world())
     assert len({question.text for question in questions}) == len({question.id for question in questions}) == 1800
     crowded = everything(world(max_operations=1, largest_number=20, train_questions=5000))
-    assert len({question.text for question in crowded}) == 5300  # some 200 repetitions were drawn and left out
+    assert len({question.text for question in crowded}) == 5300  # repetitions were drawn, and left out
 
 
 def test_stories_depend_on_their_seed_alone():
