@@ -22,11 +22,12 @@ def percent(table: pd.DataFrame) -> pd.DataFrame:
 
 def table(frame: pd.DataFrame):
     """A table of texts in full, from the left, without row numbers."""
-    return frame.style.hide().set_table_styles([{"selector": "th, td", "props": "text-align: left; vertical-align: top"}])
+    left = {"selector": "th, td", "props": "text-align: left; vertical-align: top"}
+    return frame.style.hide().format(precision=0).set_table_styles([left])
 
 
 def shared_errors(answers: pd.DataFrame) -> pd.DataFrame:
-    """Both readings of the overlap of all experts' errors: reading, wrong_for_all, of (counts), share, low, high (Wilson)."""
+    """Both readings of the overlap of all experts' errors: reading, wrong_for_all, of (counts), share, low, high."""
     found = overlap.overlap_all(answers)
     readings = {
         "intersection / union: of those any gets wrong": found.any_wrong,
@@ -47,8 +48,8 @@ def pass_at_k(folder: RunFolder) -> figures.Picture | str:
     sampled = folder.read_table("test_sampled")
     ks = [2**n for n in range(sampled["sample"].nunique().bit_length()) if 2**n <= sampled["sample"].nunique()]
     scores = overlap.pass_at_k(sampled, ks).rename(columns={"expert": "label", "share": "mean"})
-    note = f"n = {scores['n'].iloc[0]} test questions, {scores['samples'].iloc[0]} samples each; bands: 95 % intervals, questions random"
-    return figures.pass_at_k(scores, note=note)
+    counts = f"{folder.path.name}: n = {scores['n'].iloc[0]} test questions, {scores['samples'].iloc[0]} samples each"
+    return figures.pass_at_k(scores, note=f"{counts}; bands: 95 % intervals (questions random)")
 
 
 @dataclass(frozen=True)
@@ -60,16 +61,19 @@ class SideBySide:
     answers: pd.DataFrame
 
     def _repr_html_(self) -> str:
-        verdicts = [("unreadable", "#777") if pd.isna(ok) else ("right", "#007a55") if ok else ("wrong", "#b04a00") for ok in self.answers["correct"]]
+        colours = {True: ("right", "#007a55"), False: ("wrong", "#b04a00"), None: ("unreadable", "#777777")}
+        verdicts = [colours[None if pd.isna(ok) else bool(ok)] for ok in self.answers["correct"]]
         cells = "".join(
-            f"<td style='vertical-align:top;text-align:left'><b>{html.escape(expert)}</b>: read as {html.escape(str(answer))}, "
-            f"<b style='color:{colour}'>{verdict}</b><div style='white-space:pre-wrap'>{html.escape(text)}</div></td>"
+            f"<td style='vertical-align:top;text-align:left'><b>{html.escape(expert)}</b>: "
+            f"read as {html.escape(str(answer))}, <b style='color:{colour}'>{verdict}</b>"
+            f"<div style='white-space:pre-wrap'>{html.escape(text)}</div></td>"
             for expert, answer, text, (verdict, colour) in zip(
                 self.answers["expert"], self.answers["answer"], self.answers["text"], verdicts, strict=True
             )
         )
         question = f"<b>{html.escape(self.question_id)}</b>: {html.escape(self.question['text'])}"
-        return f"<p>{question}<br>Right answer: <b>{html.escape(self.question['gold'])}</b></p><table style='table-layout:fixed;width:100%'><tr>{cells}</tr></table>"
+        gold = f"Right answer: <b>{html.escape(self.question['gold'])}</b>"
+        return f"<p>{question}<br>{gold}</p><table style='table-layout:fixed;width:100%'><tr>{cells}</tr></table>"
 
 
 def side_by_side(answers: pd.DataFrame, questions: pd.DataFrame, question_id: str | None = None) -> SideBySide:

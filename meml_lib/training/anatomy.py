@@ -77,7 +77,10 @@ def preview(p: config.Run, *, questions: int = 4) -> Preview:
 
 
 def steps(p: config.Run, *, questions_per_step: int) -> Iterator[riel.Step]:
-    """Stage 2 by hand: each `next` asks, grades and updates a copy of stage 1's model in this process; writes nothing."""
+    """Stage 2 by hand: each `next` asks, grades and updates a copy of stage 1's model in this process.
+
+    Writes nothing. Raises: FileNotFoundError or OSError if stage 1 has not been trained.
+    """
     p = p.model_copy(update={"riel": p.riel.model_copy(update={"questions_per_step": questions_per_step})})
     accelerator = Accelerator(cpu=p.hardware.device == "cpu")
     learned = policy.load_trained(p.folder("mef") / "model", p.model, device=str(accelerator.device), seed=p.seed)
@@ -108,4 +111,5 @@ def _pieces(learned: policy.Policy, row: policy.Row, counting: Sequence[int]) ->
 
 
 def _pre(text: str) -> str:
-    return f'<pre style="white-space:pre-wrap;background:#f6f6f6;padding:0.5em">{html.escape(text)}</pre>'
+    style = "white-space:pre-wrap;font-family:monospace;background:#f6f6f6;padding:0.5em"  # themes break words in <pre>
+    return f'<div style="{style}">{html.escape(text)}</div>'
