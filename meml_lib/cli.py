@@ -138,7 +138,7 @@ def _todo(found: dict, free_gib: float) -> Iterator[str]:
     data = os.environ.get("MEML_DATA_DIR")
     missing = [name for name in ("gsm8k", "mathqa", "strategyqa") if not data or not (Path(data) / name).is_dir()]
     if missing:
-        yield f"{', '.join(missing)} would come from the hub, unless MEML_DATA_DIR names a folder with the released files"
+        yield f"{', '.join(missing)} would come from the hub, unless MEML_DATA_DIR is a folder with their files"
     if not found["gpus"]:
         yield "no GPU: demo and smollm2 presets run on the CPU; paper-size presets do not"
     if free_gib < 10:

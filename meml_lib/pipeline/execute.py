@@ -77,7 +77,7 @@ def _run_notebook(job: graph.Job, folder: RunFolder) -> None:
     def failure(cell: int, what: str) -> JobFailed:
         last = "".join(f"\n    {line}" for line in lines.last)
         return JobFailed(
-            f"{what} (cell {cell + 1} of {job.notebook})"
+            f"cell {cell + 1} of {job.notebook}: {what}"
             + (f"\n  its last lines:{last}" if last else "")
             + f"\n  see {config.label_of(job.executed)}; mend the cause and run the same command again"
         )

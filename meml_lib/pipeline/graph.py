@@ -131,8 +131,9 @@ def jobs(study: config.Study) -> dict[str, Job]:
 
     base = study.base_run()
     asked = {"task": base.reads("mef")["task"], "experts": base.reads("mef")["experts"]}
-    for notebook in ("00_experts", "01_error_overlap"):
-        of_run(notebook, notebook, None, study.seeds[0], base, asked)
+    for notebook, table in {"00_experts": "teacher_answers", "01_error_overlap": "error_overlap"}.items():
+        file = str(RunFolder(base.run_dir).table(table))
+        of_run(notebook, notebook, None, study.seeds[0], base, asked, files=(file,))
     for group, arms in study.stage1_groups().items():
         for seed in study.seeds:
             arm = study.run(arms[0], seed)

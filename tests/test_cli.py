@@ -1,0 +1,83 @@
+"""The commands as a user types them: what they print, their exit codes, and how soon."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from meml_lib import config
+from meml_lib.cli import app
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def meml(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    return lambda *words: CliRunner().invoke(app, list(words))
+
+
+def test_check_prints_every_value_with_its_source(meml):
+    result = meml("check", "params/demo.yaml", "--set", "riel.steps=7")
+    lines = result.stdout.splitlines()
+    assert result.exit_code == 0 and lines[-1] == "params/demo.yaml: good"
+    assert any(line.split() == ["riel.steps", "7", "override"] for line in lines)
+    assert any(line.startswith("mef.keep") and "params/base.yaml:" in line for line in lines)
+    assert len(lines) >= len(config.load_run("params/demo.yaml").rows())
+
+
+def test_check_of_a_study_prints_what_each_arm_changes(meml):
+    said = meml("check", "params/studies/demo.yaml").stdout
+    assert "6 arms x seeds [0]" in said and "single-buffer (" in said and "shares stage1-equations)" in said
+    assert '    experts.panel = ["equations"]  (params/studies/demo.yaml:' in said
+
+
+@pytest.mark.parametrize("command", ["check", "run", "report"])
+@pytest.mark.parametrize(
+    ("file", "override", "message"),
+    [
+        ("params/demo.yaml", "riel.stpes=1", "riel.stpes is not a known key; did you mean 'riel.steps'?"),
+        ("params/studies/demo.yaml", "sedes=[1]", "sedes is not a known key"),
+        ("params/studies/dmo.yaml", "seeds=[1]", "no file 'params/studies/dmo.yaml'"),
+    ],
+)
+def test_a_wrong_value_ends_every_command_before_it_starts(meml, command, file, override, message):
+    result = meml(command, file, "--set", override)
+    assert result.exit_code == 2 and message in result.stderr
+
+
+def test_report_of_what_has_not_run_says_how_to_run_it(meml, tmp_path):
+    result = meml("report", "params/studies/smoke.yaml", "--reports-dir", str(tmp_path))
+    assert result.exit_code == 1 and "holds no runs yet: meml run params/studies/smoke.yaml" in result.stderr
+
+
+def test_doctor_says_what_is_missing_and_what_to_do(meml, monkeypatch):
+    monkeypatch.delenv("MEML_DATA_DIR", raising=False)
+    monkeypatch.setattr("meml_lib.runs.versions", lambda names: dict.fromkeys(names))
+    result = meml("doctor")
+    assert result.exit_code == 0
+    assert "make smollm2" in result.stdout and "torch is not installed" in result.stdout
+    assert "unless MEML_DATA_DIR is a folder" in result.stdout
+
+
+def test_start_is_quick_and_loads_nothing_heavy():
+    code = (
+        "import resource, sys; from meml_lib import cli; import meml_lib.config, meml_lib.pipeline.graph\n"
+        "sys.argv = ['meml', 'check', 'params/studies/demo.yaml']\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'pandas', 'matplotlib', 'papermill', 'scipy'} & set(sys.modules)\n"
+        "use = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "print(sorted(heavy), use.ru_utime + use.ru_stime)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    heavy, seconds = done.stdout.splitlines()[-1].rsplit(" ", 1)
+    assert heavy == "[]"
+    assert float(seconds) < 1.5  # of the processor: the machine may be busy

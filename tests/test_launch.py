@@ -1,0 +1,242 @@
+"""launch.train: what is trained again and why, what an interruption leaves, many processes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import fake_stage
+import pytest
+
+from meml_lib import config, training
+from meml_lib.pipeline import keys, launch, outputs, processes
+from meml_lib.runs import RunFolder
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """run(overrides) -> a smoke run in a temporary folder; training is faked."""
+    monkeypatch.setitem(sys.modules, launch.STAGE, None)
+    monkeypatch.setattr(training, "stage", None, raising=False)
+    monkeypatch.setenv(launch.HEADLESS, "1")
+    fake_stage.install()
+    return lambda *overrides: config.load_run("params/smoke.yaml", overrides, run_dir=tmp_path / "run")
+
+
+def test_a_result_is_kept_until_a_value_that_it_reads_changes(run, capsys):
+    metrics = launch.train("mef", run())
+    assert metrics["step"].tolist() == [0, 1, 2, 3]
+    assert "because nothing has run here yet" in capsys.readouterr().out
+    for unread in ("riel.steps=9", "hardware.threads=2", "sampling.rows_per_batch=3"):
+        assert launch.train("mef", run(unread)).equals(metrics)
+        assert "mef: nothing to train" in capsys.readouterr().out
+    assert len(launch.train("mef", run("mef.steps=2"))) == 2
+    assert "because mef.steps: 4 -> 2" in capsys.readouterr().out
+    old = RunFolder(run().folder("mef")).path.with_name("stage1.old")
+    assert len(RunFolder(old).read_metrics()) == 4  # the last complete result is kept
+
+
+def test_stage_2_follows_its_stage_1(run, capsys):
+    with pytest.raises(FileNotFoundError, match="stage 1 in .* is absent .*train it first: notebook 02_mef"):
+        launch.train("riel", run())
+    launch.train("mef", run())
+    launch.train("riel", run())
+    with pytest.raises(RuntimeError, match="trained with other values .mef.steps: 4 -> 2.*train it again"):
+        launch.train("riel", run("mef.steps=2"))
+    launch.train("mef", run("mef.steps=2"))
+    launch.train("riel", run("mef.steps=2"))
+    assert "riel: nothing to train" in capsys.readouterr().out  # the same weights came out
+    (run().folder("mef") / "model" / "model.safetensors").write_text("others")
+    launch.train("riel", run("mef.steps=2"))
+    assert "because stage1/model.safetensors changed" in capsys.readouterr().out
+
+
+def test_a_damaged_result_is_made_again(run, capsys):
+    launch.train("mef", run())
+    RunFolder(run().folder("mef")).table("test_greedy").unlink()
+    launch.train("mef", run())
+    assert "test_greedy.parquet: missing" in capsys.readouterr().out
+    assert not outputs.stage_faults("mef", run())
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no memory"), KeyboardInterrupt()])
+def test_a_training_that_fails_says_so_and_the_next_call_starts_over(run, capsys, error):
+    def broken(stage, p, on_record):
+        on_record({"step": 0, "loss": 1.0})
+        RunFolder(p.folder(stage)).append_metrics({"step": 0, "loss": 1.0})
+        raise error
+
+    fake_stage.install(broken)
+    with pytest.raises(type(error)):
+        launch.train("mef", run())
+    assert RunFolder(run().folder("mef")).status["state"] == "failed"
+    fake_stage.install()
+    assert len(launch.train("mef", run())) == 4
+    assert "the last training did not end well" in capsys.readouterr().out
+
+
+def test_a_training_that_leaves_nothing_is_not_done(run):
+    fake_stage.install(lambda stage, p, on_record: None)
+    with pytest.raises(RuntimeError, match="results are not complete: .*metrics.jsonl: no step"):
+        launch.train("mef", run())
+
+
+def test_a_folder_with_files_of_somebody_else_is_left_alone(run):
+    own = run().folder("mef") / "thesis.tex"
+    own.parent.mkdir(parents=True)
+    own.write_text("years of work")
+    with pytest.raises(RuntimeError, match="holds files that no training wrote"):
+        launch.train("mef", run())
+    assert own.read_text() == "years of work"
+
+
+def test_the_manifest_and_values_are_written(run):
+    launch.train("mef", run("seed=5"))
+    folder = RunFolder(run().folder("mef"))
+    assert folder.read_json("manifest")["seed"] == 5
+    assert config.load_values(folder.path / "values.json") == run("seed=5")
+
+
+def test_nan_in_a_metric_or_an_infinite_number_in_a_table_is_a_fault(run):
+    launch.train("mef", run())
+    folder = RunFolder(run().folder("mef"))
+    (folder.path / "metrics.jsonl").write_text('{"step": 0, "loss": NaN}\n')
+    assert outputs.metrics_faults(folder) == [f"{folder.path}/metrics.jsonl: loss = nan at step 0"]
+    folder.write_table("test_greedy", folder.read_table("test_greedy").assign(tokens=float("inf")))
+    assert "infinite number in tokens" in outputs.table_faults(folder, "test_greedy", ["tokens"])[0]
+    assert "no column gold" in outputs.table_faults(folder, "test_greedy", ["gold"])[0]
+    folder.table("test_greedy").write_bytes(b"PAR1")
+    assert "broken" in outputs.table_faults(folder, "test_greedy", [])[0]
+
+
+# --- code -------------------------------------------------------------------------------------------------------------
+
+
+def test_comments_docstrings_and_layout_are_no_change_and_code_is():
+    one = '"""Doc."""\nclass A:\n    """Doc."""\n    x: int = 1\n    """Of x."""\n\ndef f(a):  # why\n    return a + 1\n'
+    same = "class A:\n    x: int = 1\ndef f(\n    a,\n): return (a + 1)"
+    assert keys.normalised(one) == keys.normalised(same)
+    assert keys.normalised(one) != keys.normalised(one.replace("a + 1", "a - 1"))
+    assert keys.normalised("def f():\n    'doc'") == keys.normalised("def f(): pass")
+
+
+def test_imports_are_found_at_the_top_in_functions_and_relative():
+    source = "from meml_lib import runs\ndef f():\n  from ..tasks import gsm8k\n  import meml_lib.analysis.stats, os\n"
+    assert keys.imports(source, "meml_lib.training") == {
+        "meml_lib",
+        "meml_lib.runs",
+        "meml_lib.tasks",
+        "meml_lib.tasks.gsm8k",
+        "meml_lib.analysis",
+        "meml_lib.analysis.stats",
+    }
+
+
+def test_a_stage_depends_on_its_own_code_only(run):
+    mef, riel = (set(keys.stage_parts(stage, run())["code"]) for stage in ("mef", "riel"))
+    assert riel - mef == {"training/riel.py", "training/credit.py", "training/buffer.py"}
+    assert {"training/losses.py", "tasks/wordproblems.py", "rollouts/native.py"} <= mef
+    assert not {"config.py", "schema.py", "tasks/gsm8k.py", "analysis/figures.py", "pipeline/launch.py"} & riel
+
+
+def test_a_data_file_is_an_input(tmp_path, run):
+    file = tmp_path / "own.jsonl"
+    file.write_text('{"question": "?", "answer": "1"}\n')
+    task = {"name": "jsonl", "path": str(file), "answer": "number", "validation_share": 0.1, "test_share": 0.1}
+    p = config.load_run("params/smoke.yaml", {"task": task | {"split_seed": 0}})
+    before = keys.stage_parts("mef", p)
+    file.write_text('{"question": "?", "answer": "2"}\n')
+    assert keys.reasons(before, keys.stage_parts("mef", p)) == [f"{file} changed"]
+
+
+def test_reasons_name_values_versions_code_and_inputs():
+    old = {"values": {"a": 1, "b": 2}, "code": {"x.py": "1"}, "versions": {"torch": "2.12"}}
+    new = {"values": {"a": 1, "b": None, "c": 3}, "code": {"x.py": "2"}, "versions": {"torch": "2.13"}}
+    assert keys.reasons(old, old) == []
+    assert keys.reasons(old, new) == ["b: 2 -> null", "c: absent -> 3", "x.py changed", 'torch: "2.12" -> "2.13"']
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+def test_code_edited_since_the_kernel_loaded_it_trains_in_a_process_of_its_own(run, monkeypatch):
+    seen = []
+    monkeypatch.setattr(launch, "_CODE_AT_IMPORT", {"training/losses.py": "older"})
+    monkeypatch.setattr(launch, "_train_in_processes", lambda stage, p, folder, show: seen.append(stage))
+    with pytest.raises(RuntimeError, match="not complete"):
+        launch.train("mef", run())
+    assert seen == ["mef"]
+
+
+WORKER = """
+import os, sys
+from meml_lib import config
+from meml_lib.runs import RunFolder
+p = config.load_values(sys.argv[2])
+rank = os.environ.get("RANK", "0")
+print("hello from", rank, flush=True)
+if rank == "1" and p.seed == 13:
+    raise ValueError("rank 1 broke")
+if rank == "0":
+    RunFolder(p.folder(sys.argv[1])).append_metrics({"step": 0, "loss": 0.5})
+"""
+
+
+@pytest.fixture
+def worker(tmp_path, monkeypatch):
+    (tmp_path / "fake_worker.py").write_text(WORKER)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{config.root()}")
+    monkeypatch.setattr(launch, "STAGE", "fake_worker")
+
+
+def test_two_processes_are_watched_and_logged(run, worker, capsys):
+    p = run("hardware.processes=2")
+    folder = RunFolder(p.folder("mef"))
+    folder.write_json("values", p.model_dump(mode="json"))
+    shown = []
+    launch._train_in_processes("mef", p, folder, shown.append)
+    assert shown == [{"step": 0, "loss": 0.5}]
+    assert capsys.readouterr().out == "hello from 0\n"
+    logs = {file.parent.name: file.read_text() for file in (folder.path / "logs").glob("**/stdout.log")}
+    assert logs == {"0": "hello from 0\n", "1": "hello from 1\n"}
+
+
+def test_the_rank_that_failed_first_is_named(run, worker):
+    p = run("hardware.processes=2", "seed=13")
+    folder = RunFolder(p.folder("mef"))
+    folder.write_json("values", p.model_dump(mode="json"))
+    with pytest.raises(RuntimeError, match=r"rank 1 failed first(.|\n)*ValueError: rank 1 broke"):
+        launch._train_in_processes("mef", p, folder, lambda record: None)
+
+
+def test_ending_a_group_ends_grandchildren():
+    code = "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
+    grandchild = int(process.stdout.readline())
+    processes.end_group(process, patience_s=5)
+    assert process.returncode != 0
+    assert not _alive(grandchild)
+
+
+def test_a_child_ends_with_a_parent_that_is_killed():
+    code = (
+        "import subprocess; from meml_lib.pipeline.processes import end_with_parent\n"
+        "p = subprocess.Popen(['sleep', '60'], preexec_fn=end_with_parent); print(p.pid, flush=True); p.wait()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    child = int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    until = time.monotonic() + 5
+    while _alive(child) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not _alive(child)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
