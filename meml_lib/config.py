@@ -381,7 +381,7 @@ def _params_file(file: str | Path) -> Path:
 def _run(values: _Values, name: str, label: str, overrides: Overrides | None, run_dir: Any, stage1_dir: Any) -> Run:
     values.set(_overrides(overrides), lambda key: "override")
     if "arms" in values.tree:
-        raise ParamsError(f"{label} is a study; a run file has no `arms` (a study's notebooks are 04 and 05)")
+        raise ParamsError(f"{label} is a study; a run file has no `arms` (notebooks 04 and 05 take a study)")
     checked = _checked(schema.RunParams, values, label)
     return Run(
         **{key: getattr(checked, key) for key in schema.RunParams.model_fields},
@@ -638,7 +638,7 @@ def _parameter_cell(source: str, names: Sequence[str], known: set[str], first: b
             cell.faults[target.id] = ast.unparse(node.value)
             pure = pure and not any(isinstance(part, ast.Call) for part in ast.walk(node.value))
     if not pure and not injected:  # code: only what can be nothing but a parameter counts
-        cell = _Cell({key: value for key, value in cell.values.items() if key in names}, {}, injected)
+        cell = _Cell(*({key: own[key] for key in own if key in names} for own in (cell.values, cell.faults)), injected)
     # After the first call, cells explore: a lone `seed = 3` there is a name of the notebook's own.
     sure = any(key in (*names, "use") or isinstance(cell.values.get(key), dict) for key in known & cell.names)
     return cell if cell.names and (first or injected or sure) else None

@@ -278,6 +278,8 @@ def test_a_stray_name_is_refused_until_its_cell_ran_again_without_it(cell, cells
 
 def test_a_parameter_beside_code_counts_and_other_names_there_do_not(cell):
     assert cell(DEFAULTS, 'import os; overrides = {"riel.steps": 8}; riel = {"steps": 1}; ' + CALL).riel.steps == 8
+    with pytest.raises(ParamsError, match="overrides = dict.*must be a plain value"):
+        cell("overrides = dict(a=1)", CALL)
 
 
 def test_values_are_checked_in_the_notebook_too(cell):

@@ -165,6 +165,9 @@ def run(study: config.Study, at_once: int | None, say: Callable[[str], None]) ->
     Raises: runs.InUse while another process runs the same study.
     """
     made = jobs(study)
+    missing = sorted({job.notebook for job in made.values() if not (config.root() / job.notebook).is_file()})
+    if missing:
+        raise config.ParamsError(f"{', '.join(missing)} missing in {config.root()}: work in a checkout of the project")
     with runs.locked(study.folder / ".lock", f"study {study.name}", wait_s=2.0):
         parts = {name: job.parts() for name, job in made.items()}
         described = [asdict(job) | {"key": keys.key(parts[job.name])} for job in made.values()]

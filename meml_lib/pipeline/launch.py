@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 HEADLESS = "MEML_HEADLESS"
 """Environment variable that `execute` sets: inside a kernel nothing else tells that nobody watches."""
 LOG_EVERY_S = 5.0
+CURVE_EVERY_S = 3.0
 STAGE = "meml_lib.training.stage"
 
 
@@ -34,7 +35,6 @@ def _code() -> dict[str, str]:
 # A kernel that has loaded the training code goes on with it when the file is edited. The key is made of the files, so
 # edited code trains in a process of its own.
 _CODE_AT_IMPORT = _code()
-CURVE_EVERY_S = 3.0
 
 
 def train(stage: config.Stage, p: config.Run) -> pd.DataFrame:
@@ -65,7 +65,7 @@ def train(stage: config.Stage, p: config.Run) -> pd.DataFrame:
         started = time.monotonic()
         try:
             with _Display(stage, p, folder) as display:
-                if p.hardware.processes == 1 and _code() == _CODE_AT_IMPORT:
+                if _alone(p) and _code() == _CODE_AT_IMPORT:
                     from meml_lib.training import stage as stages
 
                     stages.run(stage, p, display.show)
@@ -127,14 +127,15 @@ def _train_in_processes(stage: str, p: config.Run, folder: RunFolder, show: Call
     logs = folder.path / "logs"
     logs.mkdir()
     threads = str(p.hardware.threads or max(1, runs.cores() // p.hardware.processes))
-    process = subprocess.Popen(
-        _command(p, logs, ["-m", STAGE, stage, str(folder.path / "values.json")]),
-        stdout=open(logs / "launcher.log", "wb"),
-        stderr=subprocess.STDOUT,
-        env=os.environ | {"OMP_NUM_THREADS": threads},
-        start_new_session=True,  # a group of its own, that can be ended as one
-        preexec_fn=processes.end_with_parent,
-    )
+    with open(logs / "launcher.log", "wb") as log:
+        process = subprocess.Popen(
+            _command(p, logs, ["-m", STAGE, stage, str(folder.path / "values.json")]),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": threads},
+            start_new_session=True,  # a group of its own, that can be ended as one
+            preexec_fn=processes.end_with_parent,
+        )
     seen = read = 0
     try:
         ended = False
@@ -146,7 +147,7 @@ def _train_in_processes(stage: str, p: config.Run, folder: RunFolder, show: Call
                 show(record)
             lines, read = runs.lines_from(logs / "launcher.log", read)
             for line in lines:
-                if p.hardware.processes == 1 or line.startswith("[default0]:"):
+                if _alone(p) or line.startswith("[default0]:"):
                     print(line.removeprefix("[default0]:"))
     finally:
         processes.end_group(process)
@@ -155,19 +156,24 @@ def _train_in_processes(stage: str, p: config.Run, folder: RunFolder, show: Call
 
 
 def _command(p: config.Run, logs: Path, worker: list[str]) -> list[str]:
-    if p.hardware.processes == 1:
+    if _alone(p):
         return [sys.executable, *worker]
-    count, port = str(p.hardware.processes), str(_free_port())
-    if p.hardware.device == "cpu" or not runs.gpus():  # accelerate's --cpu --num_processes 2 starts one process
+    count, port, file = str(p.hardware.processes), str(_free_port()), p.hardware.accelerate_config
+    if not file and (p.hardware.device == "cpu" or not runs.gpus()):  # accelerate's --cpu starts one process
         options = ["--nproc-per-node", count, "--master-addr", "127.0.0.1", "--master-port", port]
         return [sys.executable, "-m", "torch.distributed.run", *options, "--tee", "3", "--log-dir", str(logs), *worker]
-    options = ["--main_process_port", port, "--tee", "3", "--log_dir", str(logs)]
-    if p.hardware.accelerate_config:
-        options += ["--config_file", str(config.locate(p.hardware.accelerate_config))]
+    options = ["--num_processes", count, "--tee", "3", "--log_dir", str(logs)]
+    if file:  # machines, their addresses and ports, FSDP: all in the file
+        options += ["--config_file", str(config.locate(file))]
     else:
-        options += ["--multi_gpu", "--num_processes", count, "--num_machines", "1"]
+        options += ["--multi_gpu", "--num_machines", "1", "--main_process_port", port]
         options += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     return [sys.executable, "-m", "accelerate.commands.launch", *options, *worker]
+
+
+def _alone(p: config.Run) -> bool:
+    """Whether one plain process does it, so that a kernel can be that process."""
+    return p.hardware.processes == 1 and not p.hardware.accelerate_config
 
 
 def _free_port() -> int:
