@@ -97,4 +97,4 @@ class Page:
 
     def _repr_html_(self) -> str:
         page = html.escape(self.path.read_text(encoding="utf-8"))
-        return f"<iframe srcdoc='{page}' style='width:100%;height:900px;border:1px solid #ccc'></iframe>"
+        return f"<iframe srcdoc='{page}' style='width:98%;height:900px;border:1px solid #ccc'></iframe>"

@@ -1,0 +1,75 @@
+"""What notebooks show: worked numbers, the right question, text that stays text."""
+
+import pandas as pd
+import pytest
+
+from meml_lib.analysis import figures, overlap, show
+from meml_lib.runs import RunFolder
+
+ROWS = [  # q1: both wrong; q2: b alone right; q3: both right; q4: only a answered
+    ("q1", "a", "1", False), ("q1", "b", None, None),
+    ("q2", "a", "1", False), ("q2", "b", "8", True),
+    ("q3", "a", "8", True), ("q3", "b", "8", True),
+    ("q4", "a", "8", True),
+]  # fmt: skip
+
+
+@pytest.fixture
+def answers() -> pd.DataFrame:
+    rows = [(question, expert, 0, f"<b>{answer}</b>", answer, correct) for question, expert, answer, correct in ROWS]
+    columns = ["question_id", "expert", "sample", "text", "answer", "correct"]
+    return pd.DataFrame(rows, columns=columns).astype({"correct": "boolean"})
+
+
+@pytest.fixture
+def questions() -> pd.DataFrame:
+    return pd.DataFrame({"question_id": ["q1", "q2", "q3", "q4"], "text": "how many & why", "gold": "8", "difficulty": 1})
+
+
+def test_only_questions_that_all_answered_are_compared(answers):
+    common = overlap.answered_by_all(pd.concat([answers, answers[:1].assign(sample=1)]))
+    assert common["question_id"].unique().tolist() == ["q1", "q2", "q3"] and (common["sample"] == 0).all()
+    with pytest.raises(ValueError, match="no question is answered by all of the experts .'b', 'a'"):
+        overlap.answered_by_all(answers[answers["question_id"].eq("q4") | answers["expert"].eq("b")])
+
+
+def test_both_readings_of_the_overlap_are_shown_in_percent(answers):
+    shared = show.shared_errors(overlap.answered_by_all(answers))
+    assert shared[["wrong_for_all", "of"]].to_numpy().tolist() == [[1, 2], [1, 3]]
+    text = show.percent(shared)["% [95 % interval]"].str.replace("\N{NO-BREAK SPACE}", " ")
+    assert text.tolist() == ["50.0 [9.5, 90.5]", "33.3 [6.1, 79.2]"]
+
+
+def test_an_overlap_of_no_errors_is_a_dash(answers):
+    shared = show.percent(show.shared_errors(answers[answers["question_id"] == "q3"]))
+    assert shared["% [95 % interval]"][0] == "—" and shared["% [95 % interval]"][1].startswith("0.0 [")
+
+
+def test_the_first_question_on_which_experts_disagree_is_shown_as_text(answers, questions):
+    shown = show.side_by_side(answers, questions)
+    assert shown.question_id == "q2"
+    page = shown._repr_html_()
+    assert "how many &amp; why" in page and "&lt;b&gt;1&lt;/b&gt;" in page and "<b>1</b>" not in page
+    assert page.index("wrong") < page.index("right</b>")
+    assert "unreadable" in show.side_by_side(answers, questions, "q1")._repr_html_()
+
+
+def test_where_all_agree_the_first_question_is_shown(answers, questions):
+    assert show.side_by_side(answers[answers["question_id"].isin(["q1", "q3"])], questions).question_id == "q1"
+
+
+def test_without_samples_pass_at_k_says_so(answers, tmp_path):
+    assert "samples_per_expert is 0" in show.pass_at_k(RunFolder(tmp_path))
+    sampled = pd.concat([answers[:6], answers[:6].assign(sample=1)])
+    RunFolder(tmp_path).write_table("test_sampled", sampled)
+    scores = show.pass_at_k(RunFolder(tmp_path)).data
+    assert scores["k"].tolist() == [1, 1, 2, 2] and scores["mean"].tolist() == pytest.approx([1 / 3, 2 / 3, 1 / 3, 2 / 3])
+
+
+def test_shares_are_drawn_with_their_numbers(answers, questions):
+    common = overlap.answered_by_all(answers)
+    levels = overlap.by_difficulty(common, questions)
+    picture = figures.shares(levels, "difficulty", title="by difficulty")
+    assert picture.data is levels and picture.png()[:4] == b"\x89PNG"
+    assert len(picture.figure.axes[0].containers) == 2  # a line an expert
+    assert len(figures.shares(overlap.coverage(common), "added", title="any").figure.axes[0].containers) == 1
