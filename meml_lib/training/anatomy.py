@@ -37,13 +37,14 @@ def preview(p: config.Run, *, questions: int = 4) -> Preview:
     Raises: FileNotFoundError if stage 1 has not been trained.
     """
     task, panel = tasks.load(p.task), experts.load_panel(p.experts)
-    learned = policy.load_trained(p.folder("mef") / "model", p.model, device="cpu", seed=p.seed)
+    learned = _stage1(p, stage.accelerator_of(p))
     asked = ask(
         learned, task, panel, task.questions("train")[:questions], p.sampling, rollouts=p.riel.rollouts_per_expert,
         key=(p.seed, "preview"),
     )  # fmt: skip
     rewards_BEG = asked.rewards_BEG
-    experts_B = best_and_worst(rewards_BEG, torch.rand(rewards_BEG.shape[:2]))
+    ties_BE = torch.rand(rewards_BEG.shape[:2], generator=torch.Generator().manual_seed(p.seed))
+    experts_B = best_and_worst(rewards_BEG, ties_BE)
     shown = int(rewards_BEG.mean(-1).var(-1, correction=0).argmax()) if len(panel) > 1 else 0
     question, group = task.questions("train")[shown], p.riel.rollouts_per_expert
     rows = asked.rows[shown * len(panel) * group :][: len(panel) * group]
@@ -82,10 +83,14 @@ def steps(p: config.Run, *, questions_per_step: int) -> Iterator[riel.Step]:
     Writes nothing. Raises: FileNotFoundError or OSError if stage 1 has not been trained.
     """
     p = p.model_copy(update={"riel": p.riel.model_copy(update={"questions_per_step": questions_per_step})})
-    accelerator = Accelerator(cpu=p.hardware.device == "cpu")
-    learned = policy.load_trained(p.folder("mef") / "model", p.model, device=str(accelerator.device), seed=p.seed)
+    accelerator = stage.accelerator_of(p)
+    learned = _stage1(p, accelerator)
     learner = stage.learner_of(p, p.riel.optimizer, learned, accelerator, steps=p.riel.steps)
     yield from riel.train(p, learned, learner, tasks.load(p.task), experts.load_panel(p.experts))
+
+
+def _stage1(p: config.Run, accelerator: Accelerator) -> policy.Policy:
+    return policy.load_trained(p.folder("mef") / "model", p.model, device=str(accelerator.device), seed=p.seed)
 
 
 def _one_row(learned: policy.Policy, part: losses.Part) -> tuple[str, str]:

@@ -11,8 +11,11 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from meml_lib.schema import HubModelParams, ModelParams, ScratchModelParams
+
+logging.disable_progress_bar()  # of loading and saving weights: seconds at most, and lines in every notebook
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,7 @@ def run(stage: Stage, p: config.Run, on_record: OnRecord | None = None) -> None:
       on_record: called with each step's record, in the main process.
     Raises: FileNotFoundError if stage 2 finds no model of stage 1.
     """
-    if p.hardware.threads:
-        torch.set_num_threads(p.hardware.threads)
-    accelerator = Accelerator(cpu=p.hardware.device == "cpu")
-    if p.hardware.device == "cuda" and accelerator.device.type != "cuda":
-        raise RuntimeError(f"hardware.device=cuda, but torch finds {accelerator.device}; use auto or cpu")
+    accelerator = accelerator_of(p)
     set_seed(p.seed, device_specific=True)  # dropout only: whatever decides a result has a seed of its own
     task, panel = tasks.load(p.task), experts.load_panel(p.experts)
     folder = RunFolder(p.folder(stage))
@@ -86,6 +82,19 @@ def run(stage: Stage, p: config.Run, on_record: OnRecord | None = None) -> None:
         learned.save(folder.path / "model")
     accelerator.wait_for_everyone()
     accelerator.end_training()
+
+
+def accelerator_of(p: config.Run) -> Accelerator:
+    """This process's device, and its share of the threads.
+
+    Raises: RuntimeError if hardware.device asks for CUDA where torch finds none.
+    """
+    if p.hardware.threads:
+        torch.set_num_threads(p.hardware.threads)
+    accelerator = Accelerator(cpu=p.hardware.device == "cpu")
+    if p.hardware.device == "cuda" and accelerator.device.type != "cuda":
+        raise RuntimeError(f"hardware.device=cuda, but torch finds {accelerator.device}; use auto or cpu")
+    return accelerator
 
 
 class Best:
