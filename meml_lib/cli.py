@@ -62,7 +62,7 @@ def check(file: File, set_: Set = None) -> None:
 def _print_arms(study) -> None:
     base = {key: value for key, value, _ in study.base_run().rows()}
     groups = {arm: name for name, arms in study.stage1_groups().items() for arm in arms}
-    typer.echo(f"\n{study.title}: {len(study.arms)} arms x seeds {list(study.seeds)}; each arm, and what differs:")
+    typer.echo(f"\n{study.title}: {len(study.arms)} arm(s) x seeds {list(study.seeds)}; each arm, and what differs:")
     for name, arm in study.arms.items():
         typer.echo(f"  {name} ({arm.label}; shares {groups[name]})")
         own = {key: (value, source) for key, value, source in study.run(name, study.seeds[0]).rows()}

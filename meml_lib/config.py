@@ -482,7 +482,7 @@ def load_study(file: str | Path, overrides: Overrides | None = None, reports_dir
 
     Args:
       overrides: of the study (seeds=[0,1]) or of all its runs (riel.steps=3), over everything that the files say.
-      reports_dir: the study's folder is <reports_dir>/<file's name>.
+      reports_dir: the study's folder is <reports_dir>/<file's name>, for a run file <reports_dir>/<file's name>-run.
     Raises: ParamsError naming file and line, key, value, bound and the nearest right name.
     """
     path = _params_file(file)
@@ -506,7 +506,7 @@ def _study(
         base, run_label = values, label
         seed = extra.pop("seed", values.tree.get("seed", 0))
         tree = {"title": name, "run_file": label, "seeds": [seed], "arms": {name: {"label": name}}}
-        values = _Values(tree)
+        values, name = _Values(tree), f"{name}-run"  # the study of a file's name keeps that folder
         values.set(own, lambda key: "override")
         checked = _checked(schema.StudyParams, values, label)
     study = Study(

@@ -33,7 +33,7 @@ def test_check_prints_every_value_with_its_source(meml):
 
 def test_check_of_a_study_prints_what_each_arm_changes(meml):
     said = meml("check", "params/studies/demo.yaml").stdout
-    assert "6 arms x seeds [0]" in said and "single-buffer (" in said and "shares stage1-equations)" in said
+    assert "6 arm(s) x seeds [0]" in said and "single-buffer (" in said and "shares stage1-equations)" in said
     assert '    experts.panel = ["equations"]  (params/studies/demo.yaml:' in said
 
 

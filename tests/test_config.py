@@ -202,6 +202,7 @@ def test_a_run_file_is_a_study_of_one_arm_and_one_seed():
     study = load_study("params/smoke.yaml", ["seed=3", "riel.steps=1"])
     assert (list(study.arms), study.seeds, study.run_params_file) == (["smoke"], (3,), "params/smoke.yaml")
     assert study.run("smoke", 3).riel.steps == 1
+    assert study.folder.name == "smoke-run"  # not the folder of params/studies/smoke.yaml
     with pytest.raises(ParamsError, match="is a study"):
         load_run("params/studies/smoke.yaml")
 

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -189,7 +190,8 @@ def _first_failure(logs: Path, code: int) -> str:
     rank = cause.group(1) if cause else "0"
     own = "".join(file.read_text(errors="replace") for file in logs.glob(f"**/{rank}/stderr.log"))
     tail = "\n".join((own or launcher).splitlines()[-15:])
-    return f"training ended with exit code {code}; rank {rank} failed first ({logs}):\n{tail}"
+    ended = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+    return f"training ended {ended}; rank {rank} failed first ({logs}):\n{tail}"
 
 
 # --- what a person sees -----------------------------------------------------------------------------------------------
