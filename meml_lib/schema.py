@@ -205,9 +205,9 @@ class SamplingParams(Section):
 
 
 class OptimizerParams(Section):
-    """One optimiser and its learning-rate schedule."""
+    """One optimiser and its learning-rate schedule: a part of each stage's values."""
 
-    name: Literal["adamw", "muon"]
+    optimizer: Literal["adamw", "muon"]
     """muon: torch.optim.Muon for the hidden matrices, AdamW for embeddings, norms and biases."""
     lr: PositiveFloat
     weight_decay: NonNegativeFloat
@@ -218,10 +218,25 @@ class OptimizerParams(Section):
     """Global norm to which gradients are clipped; null: off."""
 
 
+class StageParams(OptimizerParams):
+    """What both stages have."""
+
+    validate_every: PositiveInt | None
+    """Steps between validations; null: only at the end."""
+    patience: PositiveInt | None
+    """Stop after this many validations without a better mean accuracy, and keep the best weights; null: off."""
+
+    @model_validator(mode="after")
+    def _patience_sees_validations(self):
+        if self.patience is not None and self.validate_every is None:
+            raise ValueError(f"patience={self.patience} needs validate_every, which is null")
+        return self
+
+
 # --- stage 1 ----------------------------------------------------------------------------------------------------------
 
 
-class MefParams(Section):
+class MefParams(StageParams):
     """Stage 1, multi-expert supervised fine-tuning (eq. 4)."""
 
     keep: Literal["all", "right"]
@@ -231,11 +246,6 @@ class MefParams(Section):
     steps: PositiveInt | None
     answers_per_step: PositiveInt
     """Batch size. Paper: not given (sibling paper: 32)."""
-    optimizer: OptimizerParams
-    validate_every: PositiveInt | None
-    """Steps between validations; null: none."""
-    patience: PositiveInt | None
-    """Stop after this many validations without a better mean accuracy, and keep the best weights; null: off."""
 
     @model_validator(mode="after")
     def _one_length(self):
@@ -294,7 +304,7 @@ class ObjectiveParams(Section):
     buffer_sft: BufferSftParams | None
 
 
-class RielParams(Section):
+class RielParams(StageParams):
     """Stage 2, reinforcement learning in which experts learn from each other."""
 
     steps: PositiveInt
@@ -302,12 +312,7 @@ class RielParams(Section):
     """Over all processes. Paper: not given (sibling paper: 8)."""
     rollouts_per_expert: Annotated[int, Field(ge=2)]
     """G, for each question and expert. Paper: 8."""
-    optimizer: OptimizerParams
     objective: ObjectiveParams
-    validate_every: PositiveInt | None
-    """Steps between validations; null: none."""
-    patience: PositiveInt | None
-    """Stop after this many validations without a better mean accuracy, and keep the best weights; null: off."""
 
     @model_validator(mode="after")
     def _buffer_can_fill(self):

@@ -37,7 +37,7 @@ def main(out: str) -> None:
     rows = mef.rows_of(learned, panel, task.questions("train"), experts.teacher_answers(task, panel))
     params = schema.MefParams(
         keep="all", epochs=None, steps=30, answers_per_step=15, validate_every=None, patience=None,
-        optimizer=learner_of(learned).params,
+        **dict(learner_of(learned).params),
     )  # fmt: skip
     for _ in mef.train(params, learner_of(learned, accelerator), rows, seed=0):
         pass

@@ -34,19 +34,19 @@ def params(tmp_path, monkeypatch):
 
 
 def test_later_files_win_mappings_merge_lists_replace(params):
-    params("part.yaml", "riel: {steps: 7, optimizer: {lr: 1e-4}}\nexperts: {panel: [story, groups]}\n")
+    params("part.yaml", "riel: {steps: 7, lr: 1e-4}\nexperts: {panel: [story, groups]}\n")
     file = params("own.yaml", "use: [smoke.yaml, part.yaml]\nriel: {steps: 9}\n")
     p = load_run(file, {"seed": 3})
-    assert (p.riel.steps, p.riel.optimizer.lr, p.riel.questions_per_step, p.seed) == (9, 1e-4, 2, 3)
+    assert (p.riel.steps, p.riel.lr, p.riel.questions_per_step, p.seed) == (9, 1e-4, 2, 3)
     assert p.experts.panel == ("story", "groups")
     assert p.sources["riel.steps"] == "params/own.yaml:2"
-    assert p.sources["riel.optimizer.lr"] == "params/part.yaml:1"
+    assert p.sources["riel.lr"] == "params/part.yaml:1"
     assert p.sources["seed"] == "override"
     assert p.sources["mef.answers_per_step"].startswith("params/smoke.yaml:")
 
 
 def test_text_1e_minus_6_becomes_a_number():
-    assert load_run("params/smoke.yaml", ["riel.optimizer.lr=1e-6"]).riel.optimizer.lr == 1e-6
+    assert load_run("params/smoke.yaml", ["riel.lr=1e-6"]).riel.lr == 1e-6
 
 
 def test_another_kind_of_task_or_model_replaces_and_the_same_kind_merges(params):
@@ -102,14 +102,14 @@ def test_base_gives_every_value_that_no_part_gives():
     ("override", "message"),
     [
         ("riel.stpes=1", "riel.stpes is not a known key; did you mean 'riel.steps'?"),
-        ("riel.lr=1", "riel.lr is not a known key; did you mean 'riel.optimizer.lr'?"),
+        ("riel.capacity=1", "riel.capacity is not a known key; did you mean 'riel.objective.buffer_sft.capacity'?"),
         ("modle.lora=null", "modle is not a known key; did you mean 'model'?"),
         ("experts.known.story.teacher.stile=x", "teacher.stile is not a known key; did you mean"),
         ("riel.steps=0", "riel.steps = 0: must be greater than 0"),
         ("riel.steps=many", "riel.steps = 'many': must be a valid integer"),
         ("riel.steps=1.5", "riel.steps = 1.5: must be a valid integer"),
         ("riel.steps=true", "riel.steps = True: must not be a yes/no value"),
-        ("riel.optimizer.lr=.inf", "riel.optimizer.lr = inf: must be a finite number"),
+        ("riel.lr=.inf", "riel.lr = inf: must be a finite number"),
         ("riel.objective.grpo.scale=sdt", "scale = 'sdt': must be one of 'none' or 'std'; did you mean 'std'?"),
         ("task.name=gsm9k", "task.name = 'gsm9k': must be one of .*did you mean 'gsm8k'?"),
         ("riel=3", "riel = 3: must be a mapping of keys"),
@@ -306,3 +306,17 @@ def test_a_script_is_judged_by_its_literals():
         config.from_notebook({"parms_file": "params/smoke.yaml"})
     with pytest.raises(ParamsError, match="params_file = None must name a file"):
         config.from_notebook({})
+
+
+def test_patience_without_validations_is_refused():
+    with pytest.raises(ParamsError, match="mef: patience=2 needs validate_every, which is null"):
+        load_run("params/demo.yaml", {"mef.patience": 2})
+
+
+@pytest.mark.parametrize(("part", "scale", "divide_by"), [("grpo", "std", "answer"), ("dr-grpo", "none", "constant")])
+def test_a_baseline_is_a_part_of_params_and_not_a_branch(tmp_path, part, scale, divide_by):
+    file = tmp_path / "baseline.yaml"
+    file.write_text(f"use: [smoke.yaml, objectives/{part}.yaml]\n")
+    objective = load_run(file).riel.objective
+    assert (objective.grpo.advantage, objective.grpo.scale, objective.grpo.divide_by) == ("signed", scale, divide_by)
+    assert objective.mutual is None and objective.buffer_sft is None

@@ -12,7 +12,7 @@ from meml_lib.training.learner import Learner, micro_batches, schedule
 from meml_lib.training.losses import Part, WeighedRow
 from meml_lib.training.policy import Policy, Row
 
-ADAMW = OptimizerParams(name="adamw", lr=1e-3, weight_decay=0.0, warmup_steps=0, decay="constant", max_grad_norm=None)
+ADAMW = OptimizerParams(optimizer="adamw", lr=1e-3, weight_decay=0.0, warmup_steps=0, decay="constant", max_grad_norm=None)
 
 
 def learner_of(policy, *, params=ADAMW, budget=10_000):
@@ -99,13 +99,13 @@ def test_a_step_without_a_row_leaves_the_weights_alone(policy, rows):
 
 def test_an_update_lowers_the_loss_and_reports_it(policy, rows):
     for name in ("adamw", "muon"):
-        learner = learner_of(policy, params=ADAMW.model_copy(update={"name": name, "lr": 5e-3}))
+        learner = learner_of(policy, params=ADAMW.model_copy(update={"optimizer": name, "lr": 5e-3}))
         trace = [learner.update([part(rows, divide_by="tokens")])["loss"] for _ in range(8)]
         assert trace[-1] < 0.9 * trace[0]
 
 
 def test_muon_takes_hidden_matrices_and_adamw_the_rest(policy):
-    learner = learner_of(policy, params=ADAMW.model_copy(update={"name": "muon"}))
+    learner = learner_of(policy, params=ADAMW.model_copy(update={"optimizer": "muon"}))
     rest, matrices = (sum(len(g["params"]) for g in o.param_groups) for o in learner._optimizers)
     assert matrices == 2 * 7  # q, k, v, o, gate, up, down of two layers
     assert rest == 1 + 2 * 2 + 1  # embedding, two norms a layer, the last norm
@@ -124,7 +124,7 @@ def test_bfloat16_weights_keep_updates_smaller_than_their_own_grid(policy, rows)
 
 
 def test_gradients_are_clipped_to_the_given_norm(policy, rows):
-    learner = learner_of(policy, params=ADAMW.model_copy(update={"max_grad_norm": 1e-6, "name": "adamw"}))
+    learner = learner_of(policy, params=ADAMW.model_copy(update={"max_grad_norm": 1e-6}))
     norms = []
     step = learner._optimizers[0].step
     learner._optimizers[0].step = lambda: norms.append(

@@ -16,7 +16,7 @@ from meml_lib.training.learner import Learner
 from meml_lib.training.policy import Policy
 
 ADAMW = schema.OptimizerParams(
-    name="adamw", lr=3e-3, weight_decay=0.0, warmup_steps=0, decay="constant", max_grad_norm=None
+    optimizer="adamw", lr=3e-3, weight_decay=0.0, warmup_steps=0, decay="constant", max_grad_norm=None
 )
 GRPO = schema.GrpoParams(weight=1.0, advantage="positive", scale="none", divide_by="constant")
 MUTUAL = schema.MutualParams(weight=0.1, form="forward_kl", divide_by="tokens")
@@ -33,7 +33,7 @@ def run_params(task, panel, *, seed=0, steps=3, **objective):
             steps=steps,
             questions_per_step=3,
             rollouts_per_expert=4,
-            optimizer=ADAMW,
+            **dict(ADAMW),
             objective=schema.ObjectiveParams(**parts),
             validate_every=None,
             patience=None,
@@ -61,7 +61,7 @@ def trained(task, panel):
     questions = task.questions("train")[:12]
     rows = mef.rows_of(learned, panel, questions, experts.teacher_answers(task, panel, questions=questions))
     params = schema.MefParams(
-        keep="all", epochs=None, steps=60, answers_per_step=18, optimizer=ADAMW, validate_every=None, patience=None
+        keep="all", epochs=None, steps=60, answers_per_step=18, **dict(ADAMW), validate_every=None, patience=None
     )
     losses = [record["loss"] for record in mef.train(params, learner_of(learned, steps=60), rows, seed=0)]
     assert losses[-1] < 0.6 * losses[0]

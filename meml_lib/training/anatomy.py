@@ -85,7 +85,7 @@ def steps(p: config.Run, *, questions_per_step: int) -> Iterator[riel.Step]:
     p = p.model_copy(update={"riel": p.riel.model_copy(update={"questions_per_step": questions_per_step})})
     accelerator = stage.accelerator_of(p)
     learned = _stage1(p, accelerator)
-    learner = stage.learner_of(p, p.riel.optimizer, learned, accelerator, steps=p.riel.steps)
+    learner = stage.learner_of(p, p.riel, learned, accelerator, steps=p.riel.steps)
     yield from riel.train(p, learned, learner, tasks.load(p.task), experts.load_panel(p.experts))
 
 

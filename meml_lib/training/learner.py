@@ -171,7 +171,7 @@ def _optimizers(params: OptimizerParams, names: Sequence[str], tensors: Sequence
     """AdamW for all, or Muon for the hidden matrices and AdamW for the rest."""
     outer = ("embed", "lm_head", "wte", "wpe")
     hidden = [
-        t.ndim == 2 and params.name == "muon" and not any(word in name for word in outer)
+        t.ndim == 2 and params.optimizer == "muon" and not any(word in name for word in outer)
         for name, t in zip(names, tensors, strict=True)
     ]
     matrices = [t for t, is_hidden in zip(tensors, hidden, strict=True) if is_hidden]

@@ -15,6 +15,7 @@ from accelerate.utils import set_seed
 
 from meml_lib import config, experts, tasks
 from meml_lib.runs import RunFolder
+from meml_lib.schema import OptimizerParams
 from meml_lib.training import evaluate, mef, policy, riel
 from meml_lib.training.learner import Learner
 
@@ -47,7 +48,7 @@ def run(stage: Stage, p: config.Run, on_record: OnRecord | None = None) -> None:
             folder.write_table("teacher_answers", answers)
         kept = answers if p.mef.keep == "all" else answers[answers.correct.fillna(False)]
         rows = mef.rows_of(learned, panel, task.questions("train"), kept)
-        learner = learner_of(p, p.mef.optimizer, learned, accelerator, steps=mef.steps_of(p.mef, len(rows)))
+        learner = learner_of(p, p.mef, learned, accelerator, steps=mef.steps_of(p.mef, len(rows)))
         steps = mef.train(p.mef, learner, rows, seed=p.seed)
         patience, validate_every = p.mef.patience, p.mef.validate_every
     else:
@@ -55,7 +56,7 @@ def run(stage: Stage, p: config.Run, on_record: OnRecord | None = None) -> None:
         if not trained.is_dir():
             raise FileNotFoundError(f"{trained} is missing: train stage 1 first (notebook 02_mef or launch.train)")
         learned = policy.load_trained(trained, p.model, device=device, seed=p.seed)
-        learner = learner_of(p, p.riel.optimizer, learned, accelerator, steps=p.riel.steps)
+        learner = learner_of(p, p.riel, learned, accelerator, steps=p.riel.steps)
         rollouts: list[dict] = []
         steps = _keeping(rollouts, riel.train(p, learned, learner, task, panel))
         patience, validate_every = p.riel.patience, p.riel.validate_every
@@ -124,11 +125,13 @@ class Best:
             self._model.load_state_dict(self._weights)
 
 
-def learner_of(p: config.Run, optimizer, learned: policy.Policy, accelerator: Accelerator, *, steps: int) -> Learner:
+def learner_of(
+    p: config.Run, params: OptimizerParams, learned: policy.Policy, accelerator: Accelerator, *, steps: int
+) -> Learner:
     return Learner(
         learned,
         accelerator,
-        optimizer,
+        params,
         steps=steps,
         max_answer_tokens=p.sampling.max_answer_tokens,
         micro_batch_tokens=p.hardware.micro_batch_tokens,
