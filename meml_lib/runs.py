@@ -146,11 +146,6 @@ def hash_file(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def hash_files(files: Iterable[Path], base: Path) -> dict[str, str]:
-    """Path relative to `base` -> sha256, in order of name."""
-    return {str(file.relative_to(base)): hash_file(file) for file in sorted(files)}
-
-
 class InUse(RuntimeError):
     """Another living process holds this folder."""
 

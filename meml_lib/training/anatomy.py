@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +33,7 @@ class Preview:
 def preview(p: config.Run, *, questions: int = 4) -> Preview:
     """Ask a few training questions with stage 1's model and build, without training, the rows of each loss.
 
-    Args: questions: how many are looked through for the first one on which the experts differ.
+    Args: questions: how many are looked through for the one on which the experts differ most.
     Raises: FileNotFoundError if stage 1 has not been trained.
     """
     task, panel = tasks.load(p.task), experts.load_panel(p.experts)
@@ -61,11 +61,7 @@ def preview(p: config.Run, *, questions: int = 4) -> Preview:
         sections.append((f"Expert {expert.name}: {right} of {group} right", body))
 
     objective = p.riel.objective
-    parts = []
-    if objective.grpo:
-        parts.append(losses.grpo(objective.grpo, rewards_BEG, asked.rollouts_BEG, asked.prompts_BE))
-    if objective.mutual:
-        parts.append(losses.mutual(objective.mutual, rewards_BEG, asked.rollouts_BEG, asked.prompts_BE, experts_B))
+    parts = losses.on_rollouts(objective, rewards_BEG, asked.rollouts_BEG, asked.prompts_BE, experts_B)
     if objective.buffer_sft:
         prompt = asked.prompts_BE[shown][int(experts_B[1][shown])]
         gold = [policy.Row(prompt, learned.answer_ids(question.rationale))]
@@ -102,17 +98,14 @@ def _one_row(learned: policy.Policy, part: losses.Part) -> tuple[str, str]:
     row = counted[0]
     _, answer_NT, mask_NT = learned.logits([row.row])
     counting = answer_NT[0][mask_NT[0]].tolist()
+    tokens = (*row.row.prompt, *counting)
     kinds = ["prompt"] * len(row.row.prompt) + ["end" if i in learned.end_ids else "answer" for i in counting]
     spans = (
-        f'<span style="background:{_COLOURS[kind]}" title="{kind}, id {token}">{html.escape(text)}</span>'
-        for kind, token, text in zip(kinds, (*row.row.prompt, *counting), _pieces(learned, row.row, counting), strict=True)
+        f'<span style="background:{_COLOURS[kind]}" title="{kind}, id {token}">{html.escape(learned.tokenizer.decode([token]))}</span>'
+        for kind, token in zip(kinds, tokens, strict=True)
     )
     note = f"<p>counts {row.count:+.3g} (its advantage, or 1)</p>"
     return heading, note + f'<div style="white-space:pre-wrap;font-family:monospace">{" ".join(spans)}</div>'
-
-
-def _pieces(learned: policy.Policy, row: policy.Row, counting: Sequence[int]) -> list[str]:
-    return [learned.tokenizer.decode([token]) for token in (*row.prompt, *counting)]
 
 
 def _pre(text: str) -> str:

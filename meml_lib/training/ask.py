@@ -32,6 +32,13 @@ class Asked:
         return torch.tensor([float(row["correct"] is True) for row in self.rows]).view(shape)
 
 
+def in_order(rows: Sequence[dict], questions: Sequence[Question], panel: Sequence[Expert]) -> list[dict]:
+    """Rows of the answers table, of all processes, in BEG order whatever the number of processes."""
+    question_at = {question.id: b for b, question in enumerate(questions)}
+    expert_at = {expert.name: e for e, expert in enumerate(panel)}
+    return sorted(rows, key=lambda row: (question_at[row["question_id"]], expert_at[row["expert"]], row["sample"]))
+
+
 def ask(
     policy: Policy,
     task: Task,

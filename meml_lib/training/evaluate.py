@@ -1,4 +1,4 @@
-"""What a policy can do: greedy answers of every expert, and samples for pass@k. The only opener of the test split."""
+"""What a policy can do: greedy answers of every expert, and samples for pass@k. Nothing else in training opens the test split."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from meml_lib import tasks
 from meml_lib.experts import Expert
 from meml_lib.schema import RunParams, SamplingParams
 from meml_lib.tasks import Question, Task
-from meml_lib.training.ask import ask
+from meml_lib.training.ask import ask, in_order
 from meml_lib.training.policy import Policy
 
 if TYPE_CHECKING:
@@ -51,26 +51,33 @@ def answers(
 
     share = list(questions)[accelerator.process_index :: accelerator.num_processes]
     rows = ask(policy, task, panel, share, sampling, rollouts=rollouts, key=(seed, "evaluate")).rows if share else []
-    table = pd.DataFrame(gather_object(rows)).astype({"correct": "boolean"})
-    place = {question.id: i for i, question in enumerate(questions)}
-    seat = {expert.name: i for i, expert in enumerate(panel)}
-    order = table.assign(question_id=table.question_id.map(place), expert=table.expert.map(seat))
-    return table.loc[order.sort_values(["question_id", "expert", "sample"]).index].reset_index(drop=True)
+    return pd.DataFrame(in_order(gather_object(rows), questions, panel)).astype({"correct": "boolean"})
+
+
+def greedy(
+    p: RunParams,
+    policy: Policy,
+    task: Task,
+    panel: Sequence[Expert],
+    accelerator: Accelerator,
+    split: Literal["validation", "test"],
+) -> pd.DataFrame:
+    """Every expert's most likely answer to the split's questions, as `answers`."""
+    sampling = p.sampling.model_copy(update={"temperature": None})
+    questions = questions_of(p, task, split)
+    return answers(policy, task, panel, questions, sampling, accelerator, rollouts=1, seed=p.seed)
 
 
 def measure(p: RunParams, policy: Policy, task: Task, panel: Sequence[Expert], accelerator: Accelerator) -> dict:
     """The tables that a stage leaves behind: validation_greedy, test_greedy, test_sampled and their questions."""
-    greedy = p.sampling.model_copy(update={"temperature": None})
     tables = {}
     for split in ("validation", "test"):
-        questions = questions_of(p, task, split)
-        tables[f"{split}_questions"] = tasks.table(questions)
-        tables[f"{split}_greedy"] = answers(
-            policy, task, panel, questions, greedy, accelerator, rollouts=1, seed=p.seed
-        )
+        tables[f"{split}_questions"] = tasks.table(questions_of(p, task, split))
+        tables[f"{split}_greedy"] = greedy(p, policy, task, panel, accelerator, split)
     if p.evaluate.samples_per_expert:
+        questions, samples = questions_of(p, task, "test"), p.evaluate.samples_per_expert
         tables["test_sampled"] = answers(
-            policy, task, panel, questions, p.sampling, accelerator, rollouts=p.evaluate.samples_per_expert, seed=p.seed
+            policy, task, panel, questions, p.sampling, accelerator, rollouts=samples, seed=p.seed
         )
     return tables
 

@@ -1,7 +1,7 @@
 """The losses (eq. 4, 6, 9, 10): which rows each trains on, and a pure formula.
 
 A loss is a `Part`: its weight in the objective, its rows, what each row counts, what the sum is divided by, and its
-formula. `objective` builds the parts of one step; `learner.Learner.update` adds them up and takes the step.
+formula. `on_rollouts` builds those of one step; `learner.Learner.update` adds them up and takes the step.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from meml_lib.rollouts import Rollout
-from meml_lib.schema import BufferSftParams, Divisor, GrpoParams, MutualParams
+from meml_lib.schema import BufferSftParams, Divisor, GrpoParams, MutualParams, ObjectiveParams
 from meml_lib.training.credit import advantages
 from meml_lib.training.policy import Policy, Row
 
@@ -180,14 +180,14 @@ def _best_rows(rows: Sequence[WeighedRow]) -> list[Row]:
     return [Row(r.best_prompt, r.row.answer) for r in rows]
 
 
-def _forward_kl(policy, model, rows, weight_N):
-    logp_NT, mask_NT = policy.score([r.row for r in rows], model=model)
-    return mutual_loss(logp_NT, _best_from_rollouts(rows, logp_NT), mask_NT, weight_N)
+def _against_rollouts(loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Formula:
+    """A formula whose best expert's log-probabilities are those that its rollouts were drawn with."""
 
+    def formula(policy, model, rows, weight_N):
+        logp_NT, mask_NT = policy.score([r.row for r in rows], model=model)
+        return loss(logp_NT, _best_from_rollouts(rows, logp_NT), mask_NT, weight_N)
 
-def _k2(policy, model, rows, weight_N):
-    logp_NT, mask_NT = policy.score([r.row for r in rows], model=model)
-    return mutual_k2_loss(logp_NT, _best_from_rollouts(rows, logp_NT), mask_NT, weight_N)
+    return formula
 
 
 def _token_kl(policy, model, rows, weight_N):
@@ -204,7 +204,12 @@ def _literal(policy, model, rows, weight_N):
     return mutual_literal_loss(logp_2NT[:n], logp_2NT[n:], mask_2NT[:n], weight_N)
 
 
-_MUTUAL_FORMS: dict[str, Formula] = {"forward_kl": _forward_kl, "k2": _k2, "token_kl": _token_kl, "literal": _literal}
+_MUTUAL_FORMS: dict[str, Formula] = {
+    "forward_kl": _against_rollouts(mutual_loss),
+    "k2": _against_rollouts(mutual_k2_loss),
+    "token_kl": _token_kl,
+    "literal": _literal,
+}
 
 Groups = list[list[list[Rollout]]]
 """Rollouts by question (B), expert (E, panel order) and rollout (G)."""
@@ -244,6 +249,22 @@ def mutual(
                 row = Row(prompts_BE[b][worst], rollout.tokens)
                 rows.append(WeighedRow(row, 1.0, best_prompt=prompts_BE[b][best], best_logp=rollout.logp))
     return Part("mutual", options.weight, rows, options.divide_by, _MUTUAL_FORMS[options.form])
+
+
+def on_rollouts(
+    objective: ObjectiveParams,
+    rewards_BEG: Tensor,
+    rollouts_BEG: Groups,
+    prompts_BE: Sequence[Sequence[Any]],
+    experts_B: tuple[Tensor, Tensor, Tensor],
+) -> list[Part]:
+    """The parts of eq. 10 that train on a step's rollouts, of those that the objective holds."""
+    parts = []
+    if objective.grpo:
+        parts.append(grpo(objective.grpo, rewards_BEG, rollouts_BEG, prompts_BE))
+    if objective.mutual:
+        parts.append(mutual(objective.mutual, rewards_BEG, rollouts_BEG, prompts_BE, experts_B))
+    return parts
 
 
 def buffer_sft(options: BufferSftParams, rows: Sequence[Row]) -> Part:

@@ -17,7 +17,7 @@ from meml_lib.rollouts import uniforms
 from meml_lib.schema import RunParams
 from meml_lib.tasks import Question, Task
 from meml_lib.training import losses
-from meml_lib.training.ask import ask
+from meml_lib.training.ask import ask, in_order
 from meml_lib.training.buffer import HardExampleBuffer
 from meml_lib.training.credit import best_and_worst
 from meml_lib.training.learner import Learner
@@ -61,15 +61,9 @@ def train(p: RunParams, policy: Policy, learner: Learner, task: Task, panel: Seq
         sampled = time.perf_counter()
 
         experts_B = best_and_worst(rewards_BEG, _ties(share, panel, seed, step))
-        parts = []
-        if objective.grpo:
-            parts.append(losses.grpo(objective.grpo, rewards_BEG, asked.rollouts_BEG, asked.prompts_BE))
-        if objective.mutual:
-            parts.append(
-                losses.mutual(objective.mutual, rewards_BEG, asked.rollouts_BEG, asked.prompts_BE, experts_B)
-            )
+        parts = losses.on_rollouts(objective, rewards_BEG, asked.rollouts_BEG, asked.prompts_BE, experts_B)
 
-        rollouts = _in_order(gather_object([row | {"step": step} for row in asked.rows]), batch, panel)
+        rollouts = in_order(gather_object([row | {"step": step} for row in asked.rows]), batch, panel)
         ground_truth: list[Row] = []
         if hard:
             _offer(buffer, rollouts, seed, step)
@@ -149,13 +143,6 @@ def _ground_truth(policy: Policy, question: Question, system: str) -> Row:
 def _ties(questions: Sequence[Question], panel: Sequence[Expert], seed: int, step: int) -> torch.Tensor:
     draws = [[uniforms(seed, step, q.id, e.name, "tie", count=1)[0] for e in panel] for q in questions]
     return torch.tensor(draws, dtype=torch.float64)
-
-
-def _in_order(rows: list[dict], batch: Sequence[Question], panel: Sequence[Expert]) -> list[dict]:
-    """Rows of all processes in (question, expert, rollout) order, whatever the number of processes."""
-    question_at = {question.id: b for b, question in enumerate(batch)}
-    expert_at = {expert.name: e for e, expert in enumerate(panel)}
-    return sorted(rows, key=lambda row: (question_at[row["question_id"]], expert_at[row["expert"]], row["sample"]))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -22,11 +22,10 @@ from meml_lib.training.learner import Learner
 if TYPE_CHECKING:
     import pandas as pd
 
-Stage = Literal["mef", "riel"]
 OnRecord = Callable[[dict], None]
 
 
-def run(stage: Stage, p: config.Run, on_record: OnRecord | None = None) -> None:
+def run(stage: config.Stage, p: config.Run, on_record: OnRecord | None = None) -> None:
     """Train one stage and write its folder: metrics.jsonl, tables, model.
 
     Args:
@@ -64,7 +63,7 @@ def run(stage: Stage, p: config.Run, on_record: OnRecord | None = None) -> None:
     best = Best(learned, patience)
     for record in steps:
         if validate_every and (record["step"] + 1) % validate_every == 0:
-            record |= _validate(p, learned, task, panel, accelerator)
+            record |= evaluate.accuracy(evaluate.greedy(p, learned, task, panel, accelerator, "validation"))
             best.see(record["validation_accuracy"])
         if accelerator.is_main_process:
             folder.append_metrics(record)
@@ -142,13 +141,6 @@ def _keeping(rollouts: list[dict], steps: Iterator[riel.Step]) -> Iterator[dict]
     for step in steps:
         rollouts += step.rollouts
         yield step.metrics
-
-
-def _validate(p: config.Run, learned, task, panel, accelerator) -> dict[str, float]:
-    questions = evaluate.questions_of(p, task, "validation")
-    greedy = p.sampling.model_copy(update={"temperature": None})
-    table = evaluate.answers(learned, task, panel, questions, greedy, accelerator, rollouts=1, seed=p.seed)
-    return evaluate.accuracy(table)
 
 
 def _table(rows: list[dict]) -> pd.DataFrame:
