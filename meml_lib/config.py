@@ -1,6 +1,6 @@
 """The values of a run and of a study: composed from the files in `params/`, checked against `schema`, then frozen.
 
-A file's `use: [..]` composes left to right; later wins, mappings merge, lists replace; overrides come last.
+A file's `use: [..]` (and an arm's) composes left to right; later wins, mappings merge, lists replace; overrides come last.
 """
 
 from __future__ import annotations
@@ -383,6 +383,8 @@ def _run(values: _Values, name: str, label: str, overrides: Overrides | None, ru
     if "arms" in values.tree:
         raise ParamsError(f"{label} is a study; a run file has no `arms` (notebooks 04 and 05 take a study)")
     checked = _checked(schema.RunParams, values, label)
+    if ("experts", "only") in values.origins:
+        values.origins["experts", "panel"] = values.origins["experts", "only"]
     return Run(
         **{key: getattr(checked, key) for key in schema.RunParams.model_fields},
         params_file=label,
@@ -489,6 +491,20 @@ def load_study(file: str | Path, overrides: Overrides | None = None, reports_dir
     return _study(_Values().add_file(path), path.stem, label_of(path), path, overrides, reports_dir)
 
 
+def _expand_arms(values: _Values, file: Path | None) -> None:
+    """An arm's `use: [..]`, parts of run files, becomes overrides; what the arm itself overrides wins."""
+    arms = values.tree.get("arms")
+    for name, arm in arms.items() if isinstance(arms, dict) else ():
+        if not isinstance(arm, dict) or "use" not in arm:
+            continue
+        part, place = _Values(), ("arms", name, "overrides")
+        part.add_used(arm.pop("use"), file)
+        own = arm.get("overrides") or {}
+        arm["overrides"] = {".".join(path): value for path, value in leaves(part.tree)} | own
+        for path in part.origins:
+            values.origins.setdefault((*place, ".".join(path)), part.origins[path])
+
+
 def _study(
     values: _Values, name: str, label: str, file: Path | None, given: Overrides | None, reports_dir: str | Path
 ) -> Study:
@@ -498,6 +514,7 @@ def _study(
     if values.tree.keys() & fields:
         if "seed" in extra:
             raise ParamsError(f"seed={extra['seed']}: a study's runs take their seeds from `seeds`; give seeds=[..]")
+        _expand_arms(values, file)
         values.set(own, lambda key: "override")
         checked = _checked(schema.StudyParams, values, label)
         run_file = _find(checked.run_file, file)
@@ -514,7 +531,11 @@ def _study(
         params_file=label, name=name, folder=root() / reports_dir / name, run_params_file=run_label,
     )  # fmt: skip
     study._given, study._base, study._origins, study._extra = _overrides(given), base, values.origins, extra
-    study.base_run()
+    panel = study.base_run().experts.panel
+    for table, arm, against, measure in study.comparisons:
+        if measure.startswith("expert-") and int(measure.removeprefix("expert-")) >= len(panel):
+            place = values.origins.get(("compare", table, arm, against), label)
+            raise ParamsError(f"{place}: {measure}: the panel {list(panel)} has positions 0 to {len(panel) - 1}")
     study.stage1_groups()  # composes and checks every arm
     return study
 

@@ -6,7 +6,7 @@ The values themselves live in `params/`; `config` composes the files and validat
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import (
     BaseModel,
@@ -128,7 +128,20 @@ class ExpertsParams(Section):
 
     panel: Annotated[tuple[Text, ...], Field(min_length=1)]
     """Names; this order is axis E everywhere. Paper: N = 3."""
+    only: tuple[NonNegativeInt, ...] | None = None
+    """Positions in the panel of the experts that take part, so that arms need not name them; null: all. The resolved
+    values hold the reduced panel, and null here."""
     known: dict[str, ExpertParams]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reduced(cls, values):
+        only, panel = (values.get("only"), values.get("panel")) if isinstance(values, dict) else (None, None)
+        if not (isinstance(only, (list, tuple)) and isinstance(panel, (list, tuple))):
+            return values
+        if not only or any(type(place) is not int or not 0 <= place < len(panel) for place in only):
+            raise ValueError(f"only={list(only)} must hold positions 0 to {len(panel) - 1} of the panel {list(panel)}")
+        return values | {"panel": [panel[place] for place in only], "only": None}
 
     @model_validator(mode="after")
     def _panel_is_known(self):
@@ -176,6 +189,8 @@ class HubModelParams(_Model):
 
     source: Literal["hub"]
     path: Text
+    config: dict[str, object] | None = None
+    """Its public config.json, for a dry run without a download; a run reads the model's own."""
 
 
 class GgufModelParams(_Model):
@@ -304,10 +319,22 @@ class ObjectiveParams(Section):
     buffer_sft: BufferSftParams | None
 
 
+class StopAtParams(Section):
+    """Budgets: stage 2 ends after the first step that reaches one, so that arms can be matched in it. null: no limit."""
+
+    rollouts: PositiveInt | None
+    ground_truth_items: PositiveInt | None
+    """Answers that the buffer's supervised steps were made of."""
+    update_tokens: PositiveInt | None
+    """Tokens, prompts included, of the rows that counted in a loss."""
+
+
 class RielParams(StageParams):
     """Stage 2, reinforcement learning in which experts learn from each other."""
 
     steps: PositiveInt
+    """With stop_at: at most."""
+    stop_at: StopAtParams
     questions_per_step: PositiveInt
     """Over all processes. Paper: not given (sibling paper: 8)."""
     rollouts_per_expert: Annotated[int, Field(ge=2)]
@@ -371,6 +398,22 @@ class ArmParams(Section):
     """As tables and figures name it."""
     overrides: dict[str, object] = {}
     """Dotted key -> value, e.g. riel.objective.mutual: null."""
+    last_stage: Literal["mef", "riel"] = "riel"
+    """mef: supervised fine-tuning only."""
+
+
+class Comparison(NamedTuple):
+    """The difference arm - against in one measure, each after its last stage."""
+
+    table: str
+    """The comparisons of one table are one family of tests."""
+    arm: str
+    against: str
+    measure: str
+
+
+Measure = Annotated[str, Field(pattern=r"^(mean_expert|best_validation|vote|expert-\d+)$")]
+"""expert-N: accuracy under the prompt of the expert at position N of the run file's panel."""
 
 
 class StudyParams(Section):
@@ -383,16 +426,28 @@ class StudyParams(Section):
     """Dotted key -> value, for all arms."""
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
     arms: Annotated[dict[str, ArmParams], Field(min_length=1)]
-    compare: tuple[tuple[str, str], ...] = ()
-    """Pairs (arm, baseline arm) whose difference the report states; decided before the study runs."""
+    compare: dict[Text, dict[str, dict[str, Measure | None]]] = {}
+    """Table -> arm -> baseline arm -> measure (null: none): the differences that the report states, decided before the
+    study runs."""
     notes: str = ""
     """What the study does and does not show, in Markdown; stands in the report."""
 
     @model_validator(mode="after")
     def _pairs_are_arms(self):
-        for name in (name for pair in self.compare for name in pair):
+        for name in (name for pair in self.comparisons for name in (pair.arm, pair.against)):
             if name not in self.arms:
                 raise ValueError(f"compare names {name!r}, which is no arm; the arms are {list(self.arms)}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds={list(self.seeds)} holds a seed twice")
         return self
+
+    @property
+    def comparisons(self) -> tuple[Comparison, ...]:
+        """All differences that the report states, table by table."""
+        return tuple(
+            Comparison(table, arm, against, measure)
+            for table, arms in self.compare.items()
+            for arm, baselines in arms.items()
+            for against, measure in baselines.items()
+            if measure
+        )

@@ -26,6 +26,9 @@ def run(stage: str, p: config.Run, on_record=None) -> None:
         folder.write_table(f"{split}_greedy", answers)
     folder.write_table("test_sampled", answers)
     folder.write_table("teacher_answers" if stage == "mef" else "rollouts", answers)
+    if stage == "mef":
+        table = pd.DataFrame({"question_id": "q", "prompt": p.experts.panel, "teacher": p.experts.panel, "logp": -1.0})
+        folder.write_table("prompt_teacher", table.assign(tokens=2))
     (folder.path / "model").mkdir()
     (folder.path / "model" / "config.json").write_text("{}")
     (folder.path / "model" / "model.safetensors").write_text(f"weights of {stage}, seed {p.seed}")

@@ -51,6 +51,7 @@ def main(out: str) -> None:
                 "texts": [row["text"] for s in steps for row in s.rollouts],
                 "buffer": [s.metrics["buffer_size"] for s in steps],
                 "flushes": steps[-1].metrics["buffer_flushes"],
+                "spent": [[s.metrics[k] for k in ("rollouts", "ground_truth_items", "update_tokens")] for s in steps],
                 "start": start,
                 "weights": flat(learned),
             },

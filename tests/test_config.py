@@ -150,9 +150,9 @@ def test_a_run_is_frozen_and_shows_values_with_their_source():
 
 def test_arms_share_stage_1_where_all_that_it_reads_is_equal(params):
     text = (config.root() / "params/studies/demo.yaml").read_text()
-    extra = "  other: {label: Other, overrides: {mef.steps: 5}}\n"
-    extra += "  slow: {label: Slow, overrides: {riel.steps: 1, hardware.threads: 2}}\ncompare:"
-    study = load_study(params("studies/own.yaml", text.replace("compare:", extra)))
+    extra = "arms:\n  other: {label: Other, overrides: {mef.steps: 5}}\n"
+    extra += "  slow: {label: Slow, overrides: {riel.steps: 1, hardware.threads: 2}}\nnotes:"
+    study = load_study(params("studies/own.yaml", text.replace("notes:", extra)))
     assert study.stage1_groups() == {
         "stage1-equations": ("single", "single-buffer"),
         "stage1-equations+story+groups": ("multi", "buffer", "mutual", "full", "slow"),
@@ -162,6 +162,53 @@ def test_arms_share_stage_1_where_all_that_it_reads_is_equal(params):
     assert full.folder("riel") == study.folder / "runs/full/seed-0/stage2"
     assert full.folder("mef") == study.folder / "runs/stage1-equations+story+groups/seed-0/stage1"
     assert other.folder("mef") == study.folder / "runs/stage1-equations+story+groups-2/seed-0/stage1"
+
+
+def test_experts_by_position_are_the_arm_that_names_them(params):
+    by_name, by_place = (load_run("params/demo.yaml", {key: value}) for key, value in
+                         (("experts.panel", ["groups", "equations"]), ("experts.only", [2, 0])))  # fmt: skip
+    assert by_place.experts == by_name.experts and by_place.reads("mef") == by_name.reads("mef")
+    assert by_place.sources["experts.panel"] == "override"
+    for places in ([3], [], [-1], [0.5]):
+        with pytest.raises(ParamsError, match=r"experts.*0 to 2|experts.only"):
+            load_run("params/demo.yaml", {"experts.only": places})
+    with pytest.raises(ParamsError, match="names an expert twice"):
+        load_run("params/demo.yaml", {"experts.only": [0, 0]})
+
+
+def test_an_arm_uses_parts_of_run_files_and_its_own_overrides_win(params):
+    arms = "arms:\n  a: {label: A, use: [objectives/grpo.yaml], overrides: {riel.objective.grpo.weight: 0.5}}\n"
+    study = load_study(params("studies/own.yaml", "title: t\nrun_file: smoke.yaml\nseeds: [0]\n" + arms))
+    run = study.run("a", 0)
+    assert run.riel.objective.mutual is None and run.riel.objective.grpo.scale == "std"
+    assert run.riel.objective.grpo.weight == 0.5
+    assert run.sources["riel.objective.mutual"].startswith("params/objectives/grpo.yaml:")
+    again = config.load_run(study.run_params_file, study.overrides_of("a", 0))
+    assert again.riel == run.riel  # what a notebook of the arm gets
+    wrong = "arms:\n  a: {label: A, use: [objectives/grop.yaml]}\n"
+    with pytest.raises(ParamsError, match="did you mean 'objectives/grpo.yaml'"):
+        load_study(params("studies/wrong.yaml", "title: t\nrun_file: smoke.yaml\nseeds: [0]\n" + wrong))
+
+
+@pytest.mark.parametrize(
+    ("compare", "message"),
+    [
+        ("{t: {full: {mulit: vote}}}", "compare names 'mulit', which is no arm"),
+        ("{t: {full: {multi: mean}}}", "compare.t.full.multi = 'mean': .*pattern"),
+        ("{t: {full: {multi: expert-3}}}", r"own.yaml:\d+: expert-3: the panel .* has positions 0 to 2"),
+    ],
+)
+def test_comparisons_are_checked(params, compare, message):
+    with pytest.raises(ParamsError, match=message):
+        load_study(params("studies/own.yaml", f"use: [studies/smoke.yaml]\ncompare: {compare}\n"))
+
+
+def test_comparisons_of_used_files_add_up_and_null_leaves_one_out(params):
+    own = "use: [studies/demo.yaml]\ncompare: {table-5: {full: {multi: null, single: vote}}}\n"
+    pairs = load_study(params("studies/own.yaml", own)).comparisons
+    assert ("table-5", "mutual", "multi", "mean_expert") in pairs and ("table-5", "full", "single", "vote") in pairs
+    assert ("controls", "full", "single-buffer", "mean_expert") in pairs
+    assert not [pair for pair in pairs if pair[:3] == ("table-5", "full", "multi")]
 
 
 def test_study_then_arm_then_seed_then_command_line(params):

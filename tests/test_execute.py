@@ -259,3 +259,11 @@ def test_the_graph_names_parents_threads_and_files(project):
     first = jobs[stage1[0]]
     assert first.run.folder("mef") == study().run("full", 0).folder("mef")
     assert graph.Job(**json.loads(json.dumps(first.__dict__))).run == first.run
+
+
+def test_an_arm_of_fine_tuning_alone_has_no_stage_2():
+    made = graph.jobs(config.load_study("params/studies/paper-rows-demo.yaml"))
+    trained = [name for name, job in made.items() if job.stage]
+    assert "02_mef-stage1-story-seed-2" in trained and "03_riel-expert1-grpo-seed-2" in trained
+    assert not [name for name in trained if name.startswith("03_riel-") and "-sft-" in name]
+    assert made["05_report"].parents == tuple(trained)

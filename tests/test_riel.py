@@ -1,19 +1,22 @@
 """Stage 2 on a model of 20,000 weights: what a step samples, credits, buffers and learns."""
 
 import copy
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 from accelerate import Accelerator
 
-from meml_lib import schema
-from meml_lib.training import mef, riel
+from meml_lib import experts, schema
+from meml_lib.training import evaluate, mef, riel
 from meml_lib.training.ask import ask
 from meml_lib.training.learner import Learner
-from meml_lib.training.policy import Policy
+from meml_lib.training.policy import Policy, Row
 
 ADAMW = schema.OptimizerParams(
     optimizer="adamw", lr=3e-3, weight_decay=0.0, warmup_steps=0, decay="constant", max_grad_norm=None
@@ -24,13 +27,17 @@ BUFFER = schema.BufferSftParams(weight=1.0, capacity=8, wrong_over=2, update="ow
 SAMPLING = schema.SamplingParams(temperature=1.0, top_p=None, max_answer_tokens=24, rows_per_batch=64)
 
 
-def run_params(task, panel, *, seed=0, steps=3, **objective):
+NO_LIMIT = schema.StopAtParams(rollouts=None, ground_truth_items=None, update_tokens=None)
+
+
+def run_params(task, panel, *, seed=0, steps=3, stop_at=NO_LIMIT, **objective):
     parts = {"grpo": GRPO, "mutual": MUTUAL, "buffer_sft": BUFFER} | objective
     return schema.RunParams.model_construct(
         task=task.params,
         sampling=SAMPLING,
         riel=schema.RielParams(
             steps=steps,
+            stop_at=stop_at,
             questions_per_step=3,
             rollouts_per_expert=4,
             **dict(ADAMW),
@@ -50,7 +57,6 @@ def learner_of(policy, accelerator=None, *, steps=10):
 @pytest.fixture(scope="module")
 def trained(task, panel):
     """A policy after a short stage 1, right now and then, so that groups are mixed."""
-    from meml_lib import experts
     from meml_lib.training import policy
 
     words = [*task.words(), *(word for expert in panel for word in expert.system.split())]
@@ -153,6 +159,23 @@ def test_the_buffer_fills_flushes_and_teaches_ground_truth(trained, task, panel)
     assert not torch.equal(weights, without)
 
 
+def test_a_budget_ends_stage_2_after_the_step_that_reaches_it(trained, task, panel):
+    free, _ = train(trained, task, panel, steps=4)
+    spent = {name: [step.metrics[name] for step in free] for name, _ in NO_LIMIT}
+    assert spent["rollouts"] == [36, 72, 108, 144]  # 3 questions x 3 experts x 4
+    assert spent["ground_truth_items"] == [BUFFER.capacity * step.metrics["buffer_flushes"] for step in free]
+    assert spent["ground_truth_items"][-1] > 0
+    trained_rows = sum(s.metrics["rows/grpo"] + s.metrics["rows/mutual"] + s.metrics["rows/buffer_sft"] for s in free)
+    assert 10 * trained_rows < spent["update_tokens"][-1] < 80 * trained_rows  # prompts of 20 to 50 tokens, answers of 24
+    for name, values in spent.items():
+        first = next(step for step, value in enumerate(values) if value > 0)
+        for most, steps in ((values[first], first + 1), (values[-1], values.index(values[-1]) + 1), (values[-1] + 1, 4)):
+            limited, _ = train(trained, task, panel, steps=4, stop_at=NO_LIMIT.model_copy(update={name: most}))
+            assert len(limited) == steps, (name, most)
+    weighs_nothing, _ = train(trained, task, panel, steps=4, mutual=None, buffer_sft=None)
+    assert weighs_nothing[-1].metrics["update_tokens"] < spent["update_tokens"][-1]
+
+
 def test_in_the_sum_the_buffer_takes_no_step_of_its_own(trained, task, panel):
     own, _ = train(trained, task, panel, steps=2)
     summed, _ = train(trained, task, panel, steps=2, buffer_sft=BUFFER.model_copy(update={"update": "in_sum"}))
@@ -190,6 +213,31 @@ def test_mutual_learning_moves_the_worst_expert_as_its_form_says(trained, task, 
     assert (likelihood() > before) is (form != "literal")
 
 
+def test_every_teachers_answers_are_scored_under_every_prompt(trained, task, panel, tmp_path):
+    p = SimpleNamespace(evaluate=SimpleNamespace(validation_questions=4), hardware=SimpleNamespace(micro_batch_tokens=90))
+    table = evaluate.prompt_teacher(p, trained, task, panel, Accelerator(cpu=True))
+    assert list(table["split"].unique()) == ["validation"]
+    assert list(table["question_id"].unique()) == [question.id for question in task.questions("validation")[:4]]
+    assert len(table) == 4 * 3 * 3 and not table.duplicated(["question_id", "prompt", "teacher"]).any()
+    answers = experts.teacher_answers(task, panel, questions=task.questions("validation")[:4])
+    systems = {expert.name: expert.system for expert in panel}
+    texts = {question.id: question.text for question in task.questions("validation")}
+    for found in table.itertuples():
+        answer = answers.query("question_id == @found.question_id and expert == @found.teacher")["text"].item()
+        row = Row(trained.prompt_ids(systems[found.prompt], texts[found.question_id]), trained.answer_ids(answer))
+        logp_1T, _ = trained.score([row])
+        assert found.logp == pytest.approx(logp_1T.sum().item(), abs=1e-3) and found.tokens == len(row.answer)
+    own = table[table["prompt"] == table["teacher"]]
+    assert (own["logp"].sum() / own["tokens"].sum()) > (table["logp"].sum() / table["tokens"].sum())
+
+    file = tmp_path / "answers.csv"  # a teacher of training questions alone
+    asked = task.questions("train")[:2]
+    pd.DataFrame({"question_id": [q.id for q in asked], "expert": "x", "text": "#### 1"}).to_csv(file, index=False)
+    other = dataclasses.replace(panel[0], teacher=schema.TableTeacher(kind="table", path=str(file), column_value="x"))
+    table = evaluate.prompt_teacher(p, trained, task, experts.Panel([other, panel[1]]), Accelerator(cpu=True))
+    assert list(table["split"].unique()) == ["train"] and (table["teacher"] == "equations").sum() == 2 * 2
+
+
 def test_two_processes_make_the_update_of_one(tmp_path):
     """Same global batch over 1 and 2 processes: the same rollouts, buffer and weights (float32, AdamW)."""
     script = Path(__file__).with_name("riel_over_processes.py")
@@ -203,6 +251,7 @@ def test_two_processes_make_the_update_of_one(tmp_path):
     one, two = results
     assert one["processes"] == 1 and two["processes"] == 2
     assert one["texts"] == two["texts"]
+    assert one["spent"] == two["spent"] and min(one["spent"][-1]) > 0
     assert one["buffer"] == two["buffer"] and one["flushes"] == two["flushes"] >= 1
     assert (one["weights"] - two["weights"]).norm() / one["weights"].norm() < 1e-5
     assert (one["weights"] - one["start"]).norm() / one["weights"].norm() > 1e-3

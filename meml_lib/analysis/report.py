@@ -196,7 +196,7 @@ def gather(study: config.Study) -> dict[str, Any]:
     answered = [(panel, folder) for panel, folder in groups if folder.table("teacher_answers").is_file()]
     teachers = [_teachers(panel, folder.read_table("teacher_answers")) for panel, folder in answered]
     pairs = []
-    for one, other in study.compare:
+    for _, one, other, _ in study.comparisons:
         for measure in ("mean_expert", "best_validation"):
             difference = paired(by_name[one], by_name[other], measure)
             numbers = asdict(difference) if difference else {"mean": None}

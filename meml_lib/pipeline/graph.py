@@ -141,6 +141,8 @@ def jobs(study: config.Study) -> dict[str, Job]:
             name, values = f"02_mef-{group}-seed-{seed}", arm.reads("mef")
             stage1 = of_run(name, "02_mef", arms[0], seed, alone, values, stage="mef")
             for name in arms:
+                if study.arms[name].last_stage == "mef":
+                    continue
                 run = study.run(name, seed)
                 more = {"stage": "riel", "parents": (stage1,)}
                 of_run(f"03_riel-{name}-seed-{seed}", "03_riel", name, seed, run, run.reads("riel"), **more)

@@ -24,6 +24,8 @@ def stage_faults(stage: config.Stage, p: config.Run) -> list[str]:
     for split in ("validation", "test"):
         faults += table_faults(folder, f"{split}_questions", QUESTIONS)
         faults += table_faults(folder, f"{split}_greedy", (*ANSWERS, "tokens", "ended"))
+    if stage == "mef":
+        faults += table_faults(folder, "prompt_teacher", ("question_id", "prompt", "teacher", "logp", "tokens"))
     names = ["teacher_answers"] if stage == "mef" else ["rollouts"]
     names += ["test_sampled"] if p.evaluate.samples_per_expert else []
     for name in names:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from meml_lib import tasks
+from meml_lib import experts, tasks
 from meml_lib.experts import Expert
 from meml_lib.schema import RunParams, SamplingParams
 from meml_lib.tasks import Question, Task
 from meml_lib.training.ask import ask, in_order
-from meml_lib.training.policy import Policy
+from meml_lib.training.learner import micro_batches
+from meml_lib.training.policy import Policy, Row
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,6 +82,40 @@ def measure(p: RunParams, policy: Policy, task: Task, panel: Sequence[Expert], a
             policy, task, panel, questions, p.sampling, accelerator, rollouts=samples, seed=p.seed
         )
     return tables
+
+
+@torch.no_grad()
+def prompt_teacher(
+    p: RunParams, policy: Policy, task: Task, panel: Sequence[Expert], accelerator: Accelerator
+) -> pd.DataFrame:
+    """How likely each teacher's answers are under each expert's prompt: whether stage 1 made the experts distinct.
+
+    On as many validation questions as `evaluate` asks for, or on training questions where not all teachers answered those.
+    Returns: question_id, split, prompt, teacher (names of experts), logp (nats, over the answer), tokens.
+    """
+    import pandas as pd
+
+    for split in ("validation", "train"):
+        questions = task.questions(split)[: p.evaluate.validation_questions]
+        answers = experts.teacher_answers(task, panel, questions=questions)
+        if set(answers["expert"]) == {expert.name for expert in panel}:
+            break
+    text_of = {question.id: question.text for question in questions}
+    firsts = answers[answers["sample"] == 0][["question_id", "expert", "text"]].itertuples(index=False)
+    asked = [(q, expert, teacher, text) for q, teacher, text in firsts for expert in panel]
+    share = asked[accelerator.process_index :: accelerator.num_processes]
+    rows = [Row(policy.prompt_ids(e.system, text_of[q]), policy.answer_ids(text)) for q, e, _, text in share]
+    found = []
+    policy.model.eval()
+    for batch in micro_batches([row.tokens for row in rows], p.hardware.micro_batch_tokens):
+        logp_NT, mask_NT = policy.score([rows[n] for n in batch])
+        for n, logp in zip(batch, logp_NT.masked_fill(~mask_NT, 0.0).sum(-1).tolist(), strict=True):
+            question_id, expert, teacher, _ = share[n]
+            head = {"question_id": question_id, "split": split, "prompt": expert.name, "teacher": teacher}
+            found.append(head | {"logp": logp, "tokens": len(rows[n].answer)})
+    place = {(q, expert.name, teacher): n for n, (q, expert, teacher, _) in enumerate(asked)}
+    rows_of_all = gather_object(found)
+    return pd.DataFrame(sorted(rows_of_all, key=lambda row: place[row["question_id"], row["prompt"], row["teacher"]]))
 
 
 def accuracy(table: pd.DataFrame) -> dict[str, float]:

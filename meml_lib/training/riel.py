@@ -36,7 +36,8 @@ class Step:
 
 
 def train(p: RunParams, policy: Policy, learner: Learner, task: Task, panel: Sequence[Expert]) -> Iterator[Step]:
-    """MEML-GRPO, arXiv 2508.09670: eq. 5-10 and the hard-example buffer. Yields after each step's update.
+    """MEML-GRPO, arXiv 2508.09670: eq. 5-10 and the hard-example buffer. Yields after each step's update; ends
+    after `riel.steps` of them, or once a budget of `riel.stop_at` is spent.
 
     Each process takes its share of the step's questions; the buffer, the losses' denominators, the metrics and the
     random draws are those of all processes together.
@@ -49,6 +50,7 @@ def train(p: RunParams, policy: Policy, learner: Learner, task: Task, panel: Seq
     hard = objective.buffer_sft
     buffer = hard and HardExampleBuffer(hard.capacity, hard.wrong_over, group)
     stream, flushes = batches(len(questions), p.riel.questions_per_step, seed=seed), 0
+    spent = {"rollouts": 0, "ground_truth_items": 0, "update_tokens": 0}
     if p.riel.questions_per_step < processes:
         raise ValueError(f"riel.questions_per_step={p.riel.questions_per_step} must be >= the {processes} processes")
 
@@ -85,6 +87,9 @@ def train(p: RunParams, policy: Policy, learner: Learner, task: Task, panel: Seq
 
         best_worst = gather_object([(b, w) for b, w, strict in zip(*(x.tolist() for x in experts_B)) if strict])
         tokens_in_updates = sum(r.row.tokens for part in [*parts, *supervised] for r in part.rows if r.count)
+        spent["rollouts"] += len(rollouts)
+        spent["ground_truth_items"] += len(ground_truth)
+        spent["update_tokens"] += sum(gather_object([tokens_in_updates]))
         metrics = {
             "step": step,
             **summary(rollouts, panel, group),
@@ -95,6 +100,7 @@ def train(p: RunParams, policy: Policy, learner: Learner, task: Task, panel: Seq
             "entropy": _mean([r.entropy for groups in asked.rollouts_BEG for rs in groups for r in rs]),
             "buffer_size": len(buffer.held) if hard else 0,
             "buffer_flushes": flushes,
+            **spent,
             "lr": lr,
             "sample_seconds": sampled - started,
             "sample_tokens_per_s": sum(row["tokens"] for row in asked.rows) / (sampled - started),
@@ -102,6 +108,8 @@ def train(p: RunParams, policy: Policy, learner: Learner, task: Task, panel: Seq
             "train_tokens_per_s": tokens_in_updates / (trained - sampled),
         }
         yield Step(metrics, rollouts)
+        if any(most is not None and spent[budget] >= most for budget, most in p.riel.stop_at):
+            return
 
 
 def summary(rollouts: Sequence[dict], panel: Sequence[Expert], group: int) -> dict[str, float]:

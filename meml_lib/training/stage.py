@@ -74,6 +74,8 @@ def run(stage: config.Stage, p: config.Run, on_record: OnRecord | None = None) -
     best.restore()
 
     tables = evaluate.measure(p, learned, task, panel, accelerator)
+    if stage == "mef":
+        tables["prompt_teacher"] = evaluate.prompt_teacher(p, learned, task, panel, accelerator)
     if accelerator.is_main_process:
         if stage == "riel":
             tables["rollouts"] = _table(rollouts)
