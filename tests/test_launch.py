@@ -110,6 +110,30 @@ def test_nan_in_a_metric_or_an_infinite_number_in_a_table_is_a_fault(run):
     assert "broken" in outputs.table_faults(folder, "test_greedy", [])[0]
 
 
+# --- signs of trouble -------------------------------------------------------------------------------------------------
+
+
+def troubled(stage, p, on_record):
+    """A run whose reward rises while its buffer stays empty."""
+    empty = {"buffer_flushes": 0, "buffer_size": 0, "groups_all_wrong": 0.0}
+    fake_stage.run(stage, p, lambda record: on_record(record | empty | {"reward": record["step"] / 100}))
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_sign_of_trouble_is_printed_once(run, capsys, monkeypatch, watched):
+    if watched:  # at a terminal, above the bar
+        monkeypatch.delenv(launch.HEADLESS)
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    p = run("mef.steps=40", "riel.steps=40", "riel.objective.buffer_sft.capacity=9")
+    launch.train("mef", p)
+    fake_stage.install(troubled)
+    launch.train("riel", p)
+    shown = capsys.readouterr()
+    lines = [line for line in shown.out.splitlines() if "sign of trouble" in line]
+    assert ["at step 20, buffer never fills: at most 8" in line for line in lines] == [True]
+    assert ("40/40" in shown.err) == watched
+
+
 # --- code -------------------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meml_lib import config, runs
+from meml_lib.analysis import signs
 from meml_lib.pipeline import keys, outputs, processes
 from meml_lib.runs import RunFolder
 
@@ -204,6 +205,7 @@ class _Display:
         self._stage, self._folder = stage, folder
         self._total = p.mef.steps if stage == "mef" else p.riel.steps
         self._order = p.experts.panel
+        self._watch = signs.Watch(p.riel) if stage == "riel" else None
         self._curve_at = time.monotonic()
         self._line_at = self._first_at = 0.0
         self._last: dict[str, Any] | None = None
@@ -232,6 +234,11 @@ class _Display:
         elif now - self._line_at >= LOG_EVERY_S:
             self._line_at = now
             self._print_line()
+        for sign in self._watch.see(record) if self._watch else ():
+            if self._bar is not None:
+                self._bar.write(str(sign))
+            else:
+                print(sign, flush=True)
         if self._curve is not None and now - self._curve_at >= CURVE_EVERY_S:
             from meml_lib.analysis import figures
 
