@@ -97,16 +97,68 @@ def test_scores_are_drawn_in_percent_with_their_intervals():
     axes = figures.before_after(scores(), note="n = 4").figure.axes[0]
     drawn = [tuple(np.round(line.get_xdata(), 6)) for line in axes.get_lines()]
     assert drawn == [(20, 40), (30,), (40, 60), (50,), (50, 70), (60,)]
-    axes = figures.arms(scores().iloc[1:2]).figure.axes[0]
+    axes = figures.arms(scores().iloc[1:2].assign(kind="all")).figure.axes[0]
     assert [tuple(np.round(line.get_xdata(), 6)) for line in axes.get_lines()] == [(40, 60), (40, 60), (50,)]
     axes = figures.pass_at_k(scores().iloc[:2].assign(k=[1, 2])).figure.axes[0]
     assert line(axes, "full").get_ydata().tolist() == pytest.approx([30, 50])
+
+
+def test_arms_of_a_kind_stand_together_below_its_name_in_its_colour():
+    labels, kinds = [f"arm {i}" for i in range(5)], ["one", "many", "one", "many", "one"]
+    frame = pd.DataFrame({"label": labels, "kind": kinds, "mean": 0.5, "low": 0.4, "high": 0.6})
+    picture = figures.arms(frame.assign(per_seed=[{0: 0.5}] * 5))
+    axes = picture.figure.axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [labels[i] for i in (0, 2, 4, 1, 3)]
+    heights, colour = {}, {}
+    for row, label in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True):
+        heights[label.get_text()] = row
+        colour[label.get_text()] = next(line.get_color() for line in axes.get_lines() if line.get_ydata()[0] == row)
+    assert [colour[label] for label in labels] == [figures.COLOURS[kind == "many"] for kind in kinds]
+    heading = {text.get_text(): text.get_position()[1] for text in axes.texts if text.get_text() in kinds}
+    assert heading["one"] < heights["arm 0"] and heights["arm 4"] < heading["many"] < heights["arm 1"]
+    assert picture.data["label"].tolist() == [labels[i] for i in (0, 2, 4, 1, 3)]
+
+
+def likelihoods() -> pd.DataFrame:
+    """Nats per token of 3 questions; `bob` did not answer the fourth."""
+    nats = {("ann", "ann"): (-1, -2, -3, -9), ("ann", "bob"): (-4, -1, -3)}
+    nats |= {("bob", "ann"): (-5, -6, -7, -9), ("bob", "bob"): (-1, -2, -3)}
+    rows = [(f"q{i}", *names, 4 * v, 4, "validation") for names, values in nats.items() for i, v in enumerate(values)]
+    return pd.DataFrame(rows, columns=["question_id", "prompt", "teacher", "logp", "tokens", "split"])
+
+
+def test_a_prompt_is_distinct_where_its_own_teacher_is_likeliest_and_a_tie_is_not():
+    found = overlap.own_teacher_likeliest(likelihoods())
+    assert found[["prompt", "n", "own", "chance"]].to_numpy().tolist() == [["ann", 3, 1, 0.5], ["bob", 3, 3, 0.5]]
+    assert found["share"].tolist() == pytest.approx([1 / 3, 1])
+    assert found["low"].tolist() == pytest.approx([0.0615, 0.4385], abs=1e-4)  # Wilson, 1 and 3 of 3
+    longer = likelihoods().assign(tokens=lambda frame: 4 + 4 * (frame["teacher"] == "ann"))  # half the nats per token
+    assert overlap.own_teacher_likeliest(longer)["own"].tolist() == [2, 3]
+
+
+def test_prompt_by_teacher_shows_nats_per_token_of_common_questions_and_frames_the_own_teacher():
+    picture = figures.prompt_teacher(likelihoods(), order=["bob", "ann", "not here"])
+    cells = picture.data.set_index(["prompt", "teacher"])
+    assert cells["nats_per_token"].to_dict() == pytest.approx(
+        {("ann", "ann"): -2, ("ann", "bob"): -8 / 3, ("bob", "ann"): -6, ("bob", "bob"): -2}
+    )
+    assert cells.loc[("ann", "ann"), ["low", "high"]].tolist() == pytest.approx([-2 - 2.4841, -2 + 2.4841], abs=1e-3)
+    axes = picture.figure.axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["bob", "ann"]
+    shown = {text.get_position(): text.get_text() for text in axes.texts}
+    assert shown[1, 0].startswith("-6.000\n[") and shown[0, 1].startswith("-2.667\n[")  # x: teacher, y: prompt
+    assert sorted((frame.get_x(), frame.get_y()) for frame in axes.patches) == [(-0.46, -0.46), (0.54, 0.54)]
+    assert "n = 3 validation questions" in picture.figure._supxlabel.get_text()
+    lone = figures.prompt_teacher(likelihoods().query("prompt == 'bob'"))  # an arm of one expert still has its teachers
+    assert len(lone.figure.axes[0].patches) == 1
 
 
 def test_a_name_keeps_its_colour_marker_and_line_wherever_it_stands():
     alone, among = figures.looks(["bob"], order=["ann", "bob"]), figures.looks(["ann", "bob"])
     assert alone["bob"] == among["bob"] != among["ann"]
     assert len({look.color for look in figures.looks(list("abcdefg")).values()}) == 7
+    many = figures.looks([str(place) for place in range(28)])
+    assert len(set(many.values())) == 28 and many["0"].color == many["7"].color
 
 
 def test_a_picture_shows_itself_and_saves_the_same_bytes_twice(tmp_path):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pandas as pd
 
-from meml_lib.analysis import overlap
+from meml_lib.analysis import overlap, stats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,9 +84,13 @@ def save(picture: Picture, stem: Path | str) -> Path:
 
 
 def looks(names: Sequence[str], order: Sequence[str] | None = None) -> dict[str, Look]:
-    """Colour, marker and line of each name, by its place in `order` (default: in names); they repeat after seven."""
-    places = {name: place for place, name in enumerate(dict.fromkeys([*(order or ()), *names]))}
-    return {name: Look(COLOURS[places[name] % 7], MARKERS[places[name] % 7], LINES[places[name] % 7]) for name in names}
+    """Colour, marker and line of each name, by its place in `order` (default: in names).
+
+    Colours repeat after seven, with other markers and lines.
+    """
+    places = {name: divmod(place, 7) for place, name in enumerate(dict.fromkeys([*(order or ()), *names]))}
+    shifted = {name: (place, (place + turn) % 7) for name, (turn, place) in places.items()}
+    return {name: Look(COLOURS[i], MARKERS[k], LINES[k]) for name, (i, k) in shifted.items() if name in names}
 
 
 # --- who errs where ---------------------------------------------------------------------------------------------------
@@ -104,7 +108,7 @@ def error_overlap(answers: pd.DataFrame, *, title: str = "Error overlap", note: 
     with _figure(8.4 + 0.25 * max(0, len(shown) - 8), 3.9, note or _count_note(everyone.questions)) as figure:
         widths, heights = [1, 0.9 + 0.09 * len(shown)], [2.4, 0.35 + 0.2 * len(experts)]
         grid = figure.add_gridspec(2, 2, width_ratios=widths, height_ratios=heights)
-        _heatmap(figure.add_subplot(grid[:, 0]), pairs, "Blues", 0, 1)
+        _heatmap(figure.add_subplot(grid[:, 0]), pairs, "Blues", (0, 1), pairs.map(_whole_percent))
         figure.axes[0].set_title("Errors shared by two (intersection / union)")
         figure.axes[0].set_anchor("N")
         bars, dots = figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, 1])
@@ -137,9 +141,43 @@ def phi(answers: pd.DataFrame, *, title: str = "Correlation of being right (phi)
     matrix = overlap.phi(answers)
     count = answers["question_id"].nunique()
     with _figure(4.2, 3.7, note or _count_note(count)) as figure:
-        _heatmap(figure.subplots(), matrix, "PuOr", -1, 1)
+        _heatmap(figure.subplots(), matrix, "PuOr", (-1, 1), matrix.map("{:.2f}".format))
         figure.axes[0].set_title(title)
     return Picture(figure, matrix.rename_axis("expert").reset_index())
+
+
+def prompt_teacher(table: pd.DataFrame, *, order: Sequence[str] | None = None, note: str = "") -> Picture:
+    """How likely each teacher's answers are under each expert's prompt: nats per token, mean over questions.
+
+    Experts are distinct where the largest of each row and of each column is the framed one.
+    Args: table: stage 1's `prompt_teacher` of one seed. order: names in the order of rows and columns.
+    """
+    rows = []
+    for prompt, nats in overlap.nats_per_token(table).groupby(level="prompt", sort=False):
+        for teacher, values in nats.items():
+            mean = stats.crossed_mean(values.to_numpy()[None])
+            cell = {"prompt": prompt, "teacher": teacher, "n": mean.n_questions, "nats_per_token": mean.mean}
+            rows.append({**cell, "low": mean.low, "high": mean.high})
+    data = pd.DataFrame(rows)
+    prompts, teachers = ([n for n in order or data[of].unique() if n in set(data[of])] for of in ("prompt", "teacher"))
+    text = data["nats_per_token"].map("{:.3f}".format) + "\n" + data.apply("[{low:.3f}, {high:.3f}]".format_map, axis=1)
+    wide = data.assign(text=text).pivot(index="prompt", columns="teacher").reindex(prompts)
+    means, texts = (wide[column][teachers] for column in ("nats_per_token", "text"))
+    count = f"n = {data['n'].iloc[0]} {table['split'].iloc[0]} questions that every teacher answered, one seed"
+    reading = "distinct experts: the largest value of each row and of each column is in the frame (own teacher)"
+    note = f"{note or count}; brackets: 95 % intervals (questions random); {reading}"
+    from matplotlib.patches import Rectangle
+
+    with _figure(1.9 + 1.25 * len(teachers), 1.3 + 0.8 * len(prompts), note) as figure:
+        axes = figure.subplots()
+        _heatmap(axes, means, "Blues", (means.min(axis=None), means.max(axis=None)), texts)
+        axes.set_aspect("auto")
+        axes.set(xlabel="teacher whose answer it is", ylabel="expert's prompt")
+        axes.set_title("Log-likelihood of the teachers' answers (nats per token)")
+        for own in set(prompts) & set(teachers):
+            corner = teachers.index(own) - 0.46, prompts.index(own) - 0.46
+            axes.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, edgecolor=COLOURS[1], linewidth=2.4))
+    return Picture(figure, data)
 
 
 def shares(table: pd.DataFrame, x: str, *, title: str, xlabel: str = "", order: Sequence[str] | None = None) -> Picture:
@@ -193,7 +231,8 @@ def curves(metrics: pd.DataFrame, *, order: Sequence[str] | None = None, title: 
             axes = _panel(next(panels), "Reward", "mean reward (0 to 1)")
             for name in experts:
                 _smooth(axes, metrics, f"reward/{name}", name, style[name])
-            _smooth(axes, metrics, "reward", "all", alone)
+            if len(experts) > 1:
+                _smooth(axes, metrics, "reward", "all", alone)
             axes.set_ylim(0, 1)
             _groups(_panel(next(panels), "Groups of rollouts", "% of (question, expert)"), metrics)
             axes = _panel(next(panels), "Losses, before their weights", "nats per token")
@@ -234,7 +273,7 @@ def rewards(
     Args: runs: arm -> the metrics of each of its seeds. The line is the mean over seeds, the band their range.
     """
     style, tables = looks(list(runs), order), []
-    note = note or "running means; line: mean over seeds; band: lowest to highest seed"
+    note = note or "training rollouts; running means of 5 % of the steps; line: mean over seeds; band: lowest to highest"
     with _figure(9.6, 3.9, note) as figure:
         panels = {"reward": ("Training reward", 1), "groups_all_wrong": ("Groups that are all wrong", 100)}
         for axes, (column, (heading, scale)) in zip(figure.subplots(1, 2), panels.items(), strict=True):
@@ -242,10 +281,10 @@ def rewards(
             for arm, seeds in runs.items():
                 smooth = [_running(metrics.set_index("step")[column]) for metrics in seeds]
                 lines = pd.concat(smooth, axis=1).dropna() * scale
-                look = {**style[arm]._asdict(), "markevery": max(1, len(lines) // 8), "markersize": 4}
+                look = {**style[arm]._asdict(), "markevery": max(1, len(lines) // 8), "markersize": 5}
                 band = lines.min(axis=1), lines.max(axis=1)
-                axes.fill_between(lines.index, *band, color=look["color"], alpha=0.15, lw=0)
-                axes.plot(lines.mean(axis=1), label=f"{arm} ({len(seeds)})", **look)
+                axes.fill_between(lines.index, *band, color=look["color"], alpha=0.1, lw=0)
+                axes.plot(lines.mean(axis=1), label=f"{arm} ({len(seeds)})", markeredgecolor="#222222", **look)
                 values = lines.set_axis([f"seed_{i}" for i in range(len(seeds))], axis=1)
                 tables.append(values.assign(arm=arm, measure=column).reset_index())
             axes.set_ylim(0, max(axes.get_ylim()[1], 0.05 * scale))
@@ -273,9 +312,7 @@ def before_after(scores: pd.DataFrame, *, order: Sequence[str] | None = None, no
             at = height[row.label, row.expert] + (0.14 if after else -0.14)
             _point(axes, at, row, look, filled=after)
         axes.set_yticks(list(height.values()), [expert for _, expert in rows])
-        for arm in arms if len(arms) > 1 else ():
-            top = min(at for (label, _), at in height.items() if label == arm)
-            axes.text(0, top - 0.45, arm, transform=axes.get_yaxis_transform(), fontsize=8, weight="bold", va="bottom")
+        _headings(axes, {label: at for (label, _), at in reversed(height.items())} if len(arms) > 1 else {})
         axes.set_ylim(max(height.values()) + 0.6, -1.0 if len(arms) > 1 else -0.6)
         axes.grid(axis="y", visible=False)
         _percent_axis(axes, "greedy test accuracy (%)")
@@ -283,24 +320,27 @@ def before_after(scores: pd.DataFrame, *, order: Sequence[str] | None = None, no
     return Picture(figure, scores)
 
 
-def arms(scores: pd.DataFrame, *, order: Sequence[str] | None = None, note: str = "") -> Picture:
-    """Mean expert accuracy of each arm with its 95 % interval, each seed as a small dot.
+def arms(scores: pd.DataFrame, *, note: str = "") -> Picture:
+    """Mean expert accuracy of each arm with its 95 % interval, each seed as a small dot; a colour a kind of arm.
 
-    Args: scores: label, mean, low, high (shares), per_seed (seed -> share).
+    Args: scores: label, kind, mean, low, high (shares), per_seed (seed -> share). Arms of a kind stand together.
     """
-    style = looks(list(scores["label"]), order)
-    with _figure(7.2, 1.2 + 0.42 * len(scores), note) as figure:
+    kinds = list(scores["kind"].unique())
+    style, rows = looks(kinds), scores.sort_values("kind", key=lambda kind: kind.map(kinds.index), kind="stable")
+    height = [place + 0.9 * kinds.index(kind) for place, kind in enumerate(rows["kind"])]  # a heading above each kind
+    with _figure(7.2, 1.2 + 0.36 * max(height), note) as figure:
         axes = figure.subplots()
-        for at, row in enumerate(scores.itertuples()):
-            seeds = 100 * np.array(list(row.per_seed.values()))
-            axes.plot(seeds, [at + 0.24] * len(seeds), ".", color=style[row.label].color, markersize=6, alpha=0.7)
-            _point(axes, at, row, style[row.label], filled=True)
-            axes.text(100 * row.mean, at - 0.16, f"{100 * row.mean:.1f}", ha="center", va="bottom", fontsize=8)
-        axes.set_yticks(range(len(scores)), scores["label"])
-        axes.set_ylim(len(scores) - 0.4, -0.7)
+        for at, row in zip(height, rows.itertuples(), strict=True):
+            seeds, look = 100 * np.array(list(row.per_seed.values())), style[row.kind]
+            axes.plot(seeds, [at + 0.27] * len(seeds), ".", color=look.color, markersize=5, alpha=0.7)
+            _point(axes, at, row, look, filled=True)
+            axes.text(100 * row.mean, at - 0.14, f"{100 * row.mean:.1f}", ha="center", va="bottom", fontsize=7.5)
+        axes.set_yticks(height, rows["label"])
+        _headings(axes, dict(zip(rows["kind"][::-1], height[::-1], strict=True)))
+        axes.set_ylim(max(height) + 0.6, -1.3)
         axes.grid(axis="y", visible=False)
         _percent_axis(axes, "mean expert accuracy, greedy, test (%)")
-    return Picture(figure, scores.assign(per_seed=[str(seeds) for seeds in scores["per_seed"]]))
+    return Picture(figure, rows.assign(per_seed=[str(seeds) for seeds in rows["per_seed"]]))
 
 
 def pass_at_k(scores: pd.DataFrame, *, order: Sequence[str] | None = None, note: str = "") -> Picture:
@@ -356,16 +396,15 @@ def _panel(axes: Axes, title: str, ylabel: str) -> Axes:
     return axes
 
 
-def _heatmap(axes: Axes, matrix: pd.DataFrame, cmap: str, low: float, high: float) -> None:
+def _heatmap(axes: Axes, matrix: pd.DataFrame, cmap: str, limits: tuple[float, float], texts: pd.DataFrame) -> None:
     values = matrix.to_numpy(dtype=float)
-    axes.imshow(values, cmap=cmap, vmin=low, vmax=high)
+    image = axes.imshow(values, cmap=cmap, vmin=limits[0], vmax=limits[1])
     axes.set_facecolor("#EEEEEE")  # shows where there is no number
-    middle = (high - low) * 0.6
     for (i, j), value in np.ndenumerate(values):
-        dark = abs(value - (low if low == 0 else 0)) > middle / (1 if low == 0 else 2)
-        text = "n/a" if np.isnan(value) else f"{100 * value:.0f} %" if low == 0 else f"{value:.2f}"
+        dark = not np.isnan(value) and np.dot(image.cmap(image.norm(value))[:3], (0.30, 0.59, 0.11)) < 0.5
+        text = "n/a" if np.isnan(value) else texts.iloc[i, j]
         axes.text(j, i, text, ha="center", va="center", fontsize=9, color="white" if dark else "black")
-    axes.set_xticks(range(len(matrix)), matrix.columns, rotation=25, ha="right", rotation_mode="anchor")
+    axes.set_xticks(range(len(matrix.columns)), matrix.columns, rotation=25, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(matrix)), matrix.index)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
@@ -407,7 +446,7 @@ def _validation(axes: Axes, metrics: pd.DataFrame, experts: Sequence[str], style
         if (column := f"validation_accuracy/{name}") in metrics:
             seen = metrics.dropna(subset=column)
             axes.plot(seen["step"], 100 * seen[column], label=name, markersize=4, **style[name]._asdict())
-    axes.set_ylim(0, max(axes.get_ylim()[1], 5))
+    axes.set_ylim(0, max(1.05 * axes.get_ylim()[1], 5))
 
 
 def _buffer(axes: Axes, metrics: pd.DataFrame) -> None:
@@ -421,6 +460,12 @@ def _buffer(axes: Axes, metrics: pd.DataFrame) -> None:
     axes.set_title(f"Buffer: {int(flushes.max())} flushes (ticks)" if size.max() or flushes.max() else "Buffer: unused")
 
 
+def _headings(axes: Axes, tops: Mapping[str, float]) -> None:
+    """Names of groups of rows, each above the row where it begins."""
+    for name, top in tops.items():
+        axes.text(0, top - 0.45, name, transform=axes.get_yaxis_transform(), fontsize=8, weight="bold", va="bottom")
+
+
 def _point(axes: Axes, at: float, row, look: Look, *, filled: bool) -> None:
     mean, low, high = 100 * row.mean, 100 * row.low, 100 * row.high
     axes.plot([low, high], [at, at], color=look.color, linewidth=1.4, linestyle="-" if filled else ":")
@@ -431,6 +476,10 @@ def _point(axes: Axes, at: float, row, look: Look, *, filled: bool) -> None:
 def _percent_axis(axes: Axes, label: str) -> None:
     low, high = axes.get_xlim()
     axes.set(xlabel=label, xlim=(max(-2, low), min(102, high)))
+
+
+def _whole_percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def _percent(share: float) -> str:

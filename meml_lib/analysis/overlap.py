@@ -164,6 +164,33 @@ def vote(answers: pd.DataFrame, prefer: Sequence[str]) -> pd.DataFrame:
     return won.assign(votes=won["votes"].fillna(0).astype(int), correct=won["correct"].astype("boolean")).reset_index()
 
 
+def nats_per_token(likelihoods: pd.DataFrame) -> pd.DataFrame:
+    """Log-likelihood per token of each teacher's answer: [(prompt, question_id), teacher], of the questions that all
+    answered.
+
+    Args: likelihoods: question_id, prompt, teacher, logp (nats, over the answer), tokens; one row for each.
+    """
+    wide = likelihoods.assign(nats=likelihoods["logp"] / likelihoods["tokens"])
+    wide = wide.pivot(index=["prompt", "question_id"], columns="teacher", values="nats").dropna()
+    return wide.reindex(likelihoods["prompt"].unique(), level="prompt")[likelihoods["teacher"].unique()]
+
+
+def own_teacher_likeliest(likelihoods: pd.DataFrame) -> pd.DataFrame:
+    """On how many questions a prompt makes its own teacher's answer the likeliest per token (a tie is not): whether the
+    experts are distinct.
+
+    Args: likelihoods: as `nats_per_token`; an expert and its teacher have one name.
+    Returns: prompt, n, own (counts), share, low, high (Wilson), chance (1 / teachers).
+    """
+    rows = []
+    for prompt, nats in nats_per_token(likelihoods).groupby(level="prompt", sort=False):
+        own = int((nats[prompt] > nats.drop(columns=prompt).max(axis=1)).sum())
+        interval = stats.wilson(own, len(nats))
+        row = {"prompt": prompt, "n": len(nats), "own": own, "share": interval.mean}
+        rows.append({**row, "low": interval.low, "high": interval.high, "chance": 1 / nats.shape[1]})
+    return pd.DataFrame(rows)
+
+
 def chance_of_a_hit(samples: int, right: int | NDArray, k: int) -> NDArray:
     """Chance that k of the samples, drawn without replacement, hold a right one: 1 - C(n - c, k) / C(n, k).
 
