@@ -172,6 +172,8 @@ def test_every_batch_is_what_a_batch_can_hold():
     assert names(signs.replay(records(**kept(7)), riel())) == [ALWAYS]
     assert signs.replay(records(**kept(50, 64)), riel(*large)) == []  # three steps of four
     assert names(signs.replay(records(**kept(64, 64)), riel(*large))) == [ALWAYS]
+    small = "riel.questions_per_step=32", "riel.objective.buffer_sft.capacity=16"
+    assert names(signs.replay(records(**kept(17)), riel(*small))) == [ALWAYS]  # with a quarter of the groups hard
     early = {name: lambda step, column=column: column(min(step, 9)) for name, column in kept(9).items()}
     assert signs.replay(records(**early), riel()) == []  # the first ten steps only
 
@@ -185,8 +187,8 @@ def test_a_buffer_that_keeps_nothing_by_its_own_rule_never_fills():
 NOT_ALWAYS_BEST = {
     "too few questions": leading(lambda step: 0.3) | {"best/ann": lambda step: step % 10 == 0},
     "best on 60 %": leading(lambda step: 0.3) | {"best/bob": 2},
-    "best on 80 % of too few": leading(lambda step: 0.3)
-    | {"best/ann": lambda step: 4 * (step % 4 == 0), "best/cem": lambda step: step % 4 == 0},
+    "best on 86 % of too few": leading(lambda step: 0.3)
+    | {"best/ann": lambda step: 6 * (step % 10 == 0), "best/cem": lambda step: step % 10 == 0},
     "hardly ahead": leading(lambda step: 0.04),
     "caught up in time": leading(lambda step: 0.4 * max(0, 1 - step / 95)),
     "nobody ever": leading(lambda step: 0.0, wins=0),
