@@ -65,7 +65,10 @@ GALLERY = {  # what is seen -> the sign, the step of its look, the panels, a key
     "too little diversity": (dict(reward=0.5, **SAME), FLAT, 79, "Reward and Entropy of the policy", "temperature"),
     "all experts fail": (
         dict(reward=0.1, questions_all_wrong=0.7, **SAME),
-        *(FLAT, 79, "Reward and Groups of rollouts", "mef.epochs"),
+        FLAT,
+        79,
+        "Reward and Groups of rollouts",
+        "mef.epochs",
     ),
     "no cause shows": (dict(reward=0.5), FLAT, 106, "Reward and Groups of rollouts", "riel.lr"),
     "too easy": (kept(0), NEVER, 38, "Buffer and Groups of rollouts", "wrong_over"),
