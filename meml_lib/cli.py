@@ -43,8 +43,12 @@ def _plain_errors() -> Iterator[None]:
 
 
 @app.command()
-def check(file: File, set_: Set = None) -> None:
-    """Compose and check all values; print each with the file that it comes from. Trains nothing."""
+def check(
+    file: File,
+    set_: Set = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Also say what it would take: memory, steps, answers.")] = False,
+) -> None:
+    """Compose and check all values; print each with the file that it comes from. Downloads and trains nothing."""
     from meml_lib import config
 
     with _plain_errors():
@@ -56,6 +60,8 @@ def check(file: File, set_: Set = None) -> None:
             typer.echo(f"{key:<{widths[0]}}  {value:<{min(widths[1], 48)}}  {source}")
         if study.params_file != study.run_params_file:
             _print_arms(study)
+        if dry_run:
+            _print_dry_run(study)
         typer.echo(f"\n{file}: good")
 
 
@@ -69,6 +75,20 @@ def _print_arms(study) -> None:
         for key, (value, source) in own.items():
             if key not in base or base[key] != value:
                 typer.echo(f"    {key} = {json.dumps(value)}  ({source})")
+
+
+def _print_dry_run(study) -> None:
+    from meml_lib.pipeline import graph
+    from meml_lib.training import dryrun
+
+    typer.echo("")
+    try:
+        for line in dryrun.describe(study):
+            typer.echo(line)
+    except (OSError, ValueError) as error:  # data or a model that is not here, counts that do not fit
+        typer.echo(f"dry run: {error}", err=True)
+        raise typer.Exit(2) from error
+    typer.echo(f"\njobs: {len(graph.jobs(study))} notebooks")
 
 
 @app.command()

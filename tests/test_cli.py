@@ -34,7 +34,24 @@ def test_check_prints_every_value_with_its_source(meml):
 def test_check_of_a_study_prints_what_each_arm_changes(meml):
     said = meml("check", "params/studies/demo.yaml").stdout
     assert "6 arm(s) x seeds [0]" in said and "single-buffer (" in said and "shares stage1-equations)" in said
-    assert '    experts.panel = ["equations"]  (params/studies/demo.yaml:' in said
+    assert '    experts.panel = ["equations"]  (params/studies/rows/table-5.yaml:' in said
+    assert "memory" not in said and "jobs" not in said
+
+
+def test_a_dry_run_says_what_a_study_would_take_after_its_values(meml, monkeypatch):
+    monkeypatch.delenv("MEML_DATA_DIR", raising=False)
+    said = meml("check", "params/studies/paper-llama-gsm8k.yaml", "--dry-run").stdout
+    assert said.index("mef.lr") < said.index("report of it: none. Never run by us.") < said.index("memory of each of 8")
+    assert "meta-llama/Llama-3.2-1B-Instruct, 1,235,814,400 parameters" in said
+    assert said.count("memory of each") == 1  # one model for all arms
+    assert "jobs: 85 notebooks" in said  # 2 on teachers, 5 stages 1 and 22 stages 2 x 3 seeds, 2 on the study
+    assert said.splitlines()[-1] == "params/studies/paper-llama-gsm8k.yaml: good"
+
+
+def test_a_dry_run_that_finds_a_fault_fails_and_names_it(meml):
+    result = meml("check", "params/smoke.yaml", "--dry-run", "--set", "evaluate.test_questions=9")
+    assert result.exit_code == 2 and "good" not in result.stdout
+    assert "dry run: evaluate.test_questions=9 exceeds the 8 questions of wordproblems" in result.stderr
 
 
 @pytest.mark.parametrize("command", ["check", "run", "report"])

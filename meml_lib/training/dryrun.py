@@ -1,0 +1,281 @@
+"""What a run would take, told without a download, a GPU or a step: its model's size, its memory by part, its work.
+
+The model is built from its public config on torch's `meta` device, whose tensors have shapes and no content.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from meml_lib import config, experts, schema, tasks
+from meml_lib.experts import Expert
+from meml_lib.training import evaluate, mef, policy
+from meml_lib.training.losses import WeighedRow, nll
+from meml_lib.training.policy import Policy, Row
+
+PROMPT_TOKENS = 256
+"""Assumed length of a prompt; the longest of the shipped tasks and panels has 233 tokens of SmolLM2's tokenizer."""
+PUBLISHED = {"gsm8k": (7473, 1319), "mathqa": (29837, 2985), "strategyqa": (1832, 458)}
+"""Questions that train and validation share, and test ones: arXiv 2110.14168 and 1905.13319; StrategyQA has 2,290 labelled
+questions (arXiv 2101.02235), of which a fifth is test here."""
+NEVER_RUN = "Never run by us."
+"""How a preset's file says so."""
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+def empty_model(p: config.Run) -> PreTrainedModel:
+    """The run's model without weights.
+
+    Raises: ValueError for a hub model of which neither the values nor this machine hold a config, and for LoRA.
+    """
+    if p.model.lora is not None:
+        raise ValueError("model.lora: a dry run counts full fine-tuning only; set model.lora=null")
+    if p.model.source == "scratch":
+        words = [*tasks.load(p.task).words(), *(word for e in experts.load_panel(p.experts) for word in e.system.split())]
+        model = policy.load(p.model, device="meta", words=words, seed=p.seed).model
+        model.tie_weights()  # moving to meta unties them
+        return model
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(_config(p.model), dtype=getattr(torch, p.model.dtype))
+
+
+def _config(params: schema.HubModelParams | schema.GgufModelParams):
+    if params.source == "gguf":
+        file = policy._gguf_file(params.path)
+        return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    if params.config is not None:
+        return AutoConfig.for_model(**params.config)
+    if not config.locate(params.path).is_dir():
+        raise ValueError(f"model.path={params.path!r} is no folder here: a dry run then needs model.config")
+    return AutoConfig.from_pretrained(config.locate(params.path))
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def memory(p: config.Run, model: PreTrainedModel) -> tuple[list[tuple[str, int, str]], int]:
+    """Bytes of each process's device by part, with the formula of each, and the most that is held at once.
+
+    Plain data parallel; longest prompts and answers everywhere; without what CUDA and its allocator keep for themselves.
+
+    Returns: (part, bytes, formula), the parts that stay first; the most at once: those, and the largest of the others.
+    """
+    c, count, size = model.config, model.num_parameters(), model.dtype.itemsize
+    answer, rows, layers = p.sampling.max_answer_tokens, p.sampling.rows_per_batch, c.num_hidden_layers
+    prompt = min(PROMPT_TOKENS, c.max_position_embeddings - answer)
+    half, processes = size < 4, p.hardware.processes
+    copies = 1 + (processes > 1)
+    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    cache = rows * (prompt + answer) * layers * 2 * c.num_key_value_heads * head * size
+    # The sampler's own copies of a row of the vocabulary: logits 2 bytes, logp and p 4 each, p and its sums in float64.
+    step = rows * c.vocab_size * 26 + cache // layers * c.num_attention_heads // c.num_key_value_heads
+    at_once = max(1, p.hardware.micro_batch_tokens // (prompt + answer))
+    logits = at_once * (answer + 1) * c.vocab_size * 4
+    stay = [
+        ("weights", count * size, f"{count:,} parameters x {size} bytes"),
+        ("float32 copies", half * count * 4, "parameters x 4 bytes, which the optimiser works on"),
+        ("gradients", count * size * copies, f"parameters x {size} bytes{', and again in all-reduce buckets' * (copies - 1)}"),
+        ("moments", count * 8, "parameters x 8 bytes: Adam's two, float32 (Muon: fewer)"),
+    ]
+    turns = [
+        ("or: sampling", cache, f"KV cache of {rows} rows x ({prompt} + {answer}) tokens x {layers} "
+         f"layers x 2 x {c.num_key_value_heads} heads x {head} x {size} bytes"),
+        ("", step, f"a draw, {rows} rows x {c.vocab_size:,} words x 26 bytes; keys and values of a layer for all "
+         f"{c.num_attention_heads} heads"),
+        ("or: a pass", pass_bytes(model, at_once, prompt, answer), f"forward and backward of {at_once} rows x ({prompt} + {answer}) "
+         f"tokens, followed on the meta device; its logits: {_size(logits)} a copy"),
+        ("or: an update", count * 4 * (1 + half), "the optimiser's float32 intermediates and gradients"),
+    ]  # fmt: skip
+    largest = max(turns[0][1] + turns[1][1], turns[2][1], turns[3][1])
+    return [*(part for part in stay if part[1]), *turns], sum(part[1] for part in stay) + largest
+
+
+class _Bare(Policy):
+    """A policy that only scores: rows of a dry run have lengths, and no text."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+
+
+class _Live(TorchDispatchMode):
+    """Bytes of the tensors that operations make, alive at once."""
+
+    def __init__(self, known: Iterable[torch.Tensor]):
+        super().__init__()
+        self.now = self.peak = 0
+        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return False  # transformers asks whether a mask can be left out
+        out = func(*args, **(kwargs or {}))
+        for storage in (leaf.untyped_storage() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)):
+            if storage._cdata not in self._sizes:
+                self._sizes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._gone, storage._cdata)
+        return out
+
+    def _gone(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention as a GPU computes it under a mask, keeping no probabilities; meta alone would keep them."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not torch.nn.functional.scaled_dot_product_attention or not args[0].is_meta:
+            return func(*args, **(kwargs or {}))
+        query, mask = args[0], kwargs["attn_mask"]
+        bias = torch.zeros_like(mask, dtype=query.dtype).expand(-1, query.shape[1], -1, -1)
+        return torch.ops.aten._scaled_dot_product_efficient_attention(*args, bias, True)[0]
+
+
+def pass_bytes(model: PreTrainedModel, rows: int, prompt_tokens: int, answer_tokens: int) -> int:
+    """Most bytes alive at once while a micro-batch goes forward and backward, weights and gradients aside."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    row = WeighedRow(Row((0,) * prompt_tokens, (0,) * answer_tokens), 1.0)
+    weight_N = torch.ones(rows, device=model.device)
+    model.train()
+    known = [*model.parameters(), *model.buffers(), *(parameter.grad for parameter in model.parameters())]
+    with _FusedAttention(), _Live(known) as live:
+        nll(_Bare(model), model, [row] * rows, weight_N).backward()
+    return live.peak
+
+
+# --- work -------------------------------------------------------------------------------------------------------------
+
+
+def questions(p: config.Run) -> tuple[dict[str, int], str]:
+    """How many questions the run trains on, validates on and is tested on, and who says so.
+
+    Raises: ValueError if it asks for more than there are; FileNotFoundError where MEML_DATA_DIR lacks the task.
+    """
+    if p.task.name in PUBLISHED and (p.task.source == "hub" or not os.environ.get("MEML_DATA_DIR")):
+        pool, test = PUBLISHED[p.task.name]
+        train = pool - p.task.validation_questions
+        found = {"train": min(train, p.task.train_questions or train), "validation": p.task.validation_questions, "test": test}
+        wanted = {"validation": p.evaluate.validation_questions, "test": p.evaluate.test_questions or test}
+        for split, most in wanted.items():
+            if most > found[split]:
+                raise ValueError(f"evaluate.{split}_questions={most} exceeds the {found[split]} questions of {p.task.name}")
+        return found | wanted, "published counts, no row left out"
+    task = tasks.load(p.task)
+    asked = {split: len(evaluate.questions_of(p, task, split)) for split in ("validation", "test")}
+    return {"train": len(task.questions("train")), **asked}, "read here"
+
+
+def stage1(p: config.Run) -> Counter[str]:
+    """What stage 1 does at most. Raises: ValueError if it has fewer answers than a step takes."""
+    found, source = questions(p)
+    panel = experts.load_panel(p.experts)
+    answers = sum(_answers(p.task, e, p.mef.keep) if source == "read here" else found["train"] for e in panel)
+    if answers < p.mef.answers_per_step:
+        raise ValueError(f"stage 1 has {answers} answers, fewer than mef.answers_per_step={p.mef.answers_per_step}")
+    steps = mef.steps_of(p.mef, answers)
+    told = {"teachers' answers": answers, "steps": steps, "answers trained on": steps * p.mef.answers_per_step}
+    return Counter(told) + _evaluated(p, found, steps, p.mef)
+
+
+def stage2(p: config.Run) -> Counter[str]:
+    """What stage 2 does at most."""
+    found, _ = questions(p)
+    experts_, group, asked = len(p.experts.panel), p.riel.rollouts_per_expert, p.riel.questions_per_step
+    steps, objective = p.riel.steps, p.riel.objective
+    if p.riel.stop_at.rollouts:
+        steps = min(steps, math.ceil(p.riel.stop_at.rollouts / (asked * experts_ * group)))
+    rollouts = steps * asked * experts_ * group
+    rows = rollouts * bool(objective.grpo) + steps * asked * group * bool(objective.mutual and experts_ > 1)
+    rows += steps * asked * experts_ * bool(objective.buffer_sft)
+    told = {"steps": steps, "rollouts": rollouts, "tokens in them": rollouts * p.sampling.max_answer_tokens}
+    return Counter(told | {"rows trained on": rows}) + _evaluated(p, found, steps, p.riel)
+
+
+def _evaluated(p: config.Run, found: dict[str, int], steps: int, stage: schema.StageParams) -> Counter[str]:
+    times = 1 + (steps // stage.validate_every if stage.validate_every else 0)
+    one_expert = times * found["validation"] + found["test"] * (1 + p.evaluate.samples_per_expert)
+    return Counter({"answers to evaluate": one_expert * len(p.experts.panel)})
+
+
+@lru_cache
+def _answers(task: schema.TaskParams, expert: Expert, keep: str) -> int:
+    answers = experts.teacher_answers(tasks.load(task), [expert])
+    return len(answers) if keep == "all" else int(answers["correct"].fillna(False).sum())
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def describe(study: config.Study) -> Iterator[str]:
+    """A study's dry run, line by line: whether it has run, its models' memory, and the work of all arms and seeds.
+
+    Raises: ValueError or FileNotFoundError for what would keep a run from starting, or this from being known.
+    """
+    yield f"report of it: {evidence(study)}"
+    runs = {arm: study.run(arm, study.seeds[0]) for arm in study.arms}
+    alike: dict[str, list[str]] = {}
+    for arm, p in runs.items():
+        alike.setdefault(repr((p.model, p.sampling, p.hardware)), []).append(arm)
+    for arms in alike.values():
+        p = runs[arms[0]]
+        model = empty_model(p)
+        name = f"{p.model.path}, " if p.model.source != "scratch" else ""
+        yield f"\nmodel: {name}{model.num_parameters():,} parameters, {p.model.dtype}"
+        more = f" and {len(arms) - 3} more" if len(arms) > 3 else ""
+        yield f"memory of each of {p.hardware.processes} process(es), of {', '.join(arms[:3])}{more}:"
+        parts, most = memory(p, model)
+        paper = "the paper: about 60 GB on each of 8 A800" if p.model.source == "hub" else ""
+        for part, size, formula in [*parts, ("most at once", most, paper)]:
+            yield f"  {part:<15}{_size(size):>10}  {formula}".rstrip()
+    base = study.base_run()
+    found, source = questions(base)
+    passes = base.riel.steps * base.riel.questions_per_step / found["train"]
+    yield f"\nquestions: {', '.join(f'{count:,} {split}' for split, count in found.items())} ({source})"
+    yield f"{base.riel.steps} steps of stage 2 are {passes:.2f} passes over them"
+    first = {group: stage1(runs[arms[0]]) for group, arms in study.stage1_groups().items()}
+    second = {arm: stage2(p) for arm, p in runs.items() if study.arms[arm].last_stage == "riel"}
+    for title, counts in (("stage 1", first), ("stage 2", second)):
+        yield from _table(f"{title}, at most", counts, len(study.seeds))
+
+
+def evidence(study: config.Study) -> str:
+    """Where this checkout shows that the study has run."""
+    for folder in (config.root() / "reports" / "published" / study.name, study.folder / "report"):
+        if (folder / "report.json").is_file():
+            return config.label_of(folder)
+    log, file = config.root() / "reports" / "log.md", config.locate(study.params_file)
+    if log.is_file() and f"meml run {study.params_file}`" in log.read_text(encoding="utf-8"):
+        return config.label_of(log)
+    says_so = file.is_file() and NEVER_RUN in file.read_text(encoding="utf-8")
+    return f"none. {NEVER_RUN}" if says_so else "none here"
+
+
+def _table(title: str, counts: dict[str, Counter[str]], seeds: int) -> Iterator[str]:
+    """Counts of one seed, row by row, and of all seeds."""
+    whats = list(dict.fromkeys(what for count in counts.values() for what in count))
+    total = {what: seeds * sum(count[what] for count in counts.values()) for what in whats}
+    rows = [(title, *whats), *((name, *(f"{count[what]:,}" for what in whats)) for name, count in counts.items())]
+    rows.append((f"{seeds * len(counts)} in all ({seeds} seed(s))", *(f"{total[what]:,}" for what in whats)))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(whats) + 1)]
+    yield ""
+    for name, *cells in rows:
+        yield "  ".join([f"{name:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))])
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,216 @@
+"""What a dry run says, against published counts, the code that it speaks of, and numbers worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+from meml_lib import config
+from meml_lib.rollouts import native
+from meml_lib.training import dryrun, policy
+
+ROOT = Path(__file__).parents[1]
+GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def at_home(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("MEML_DATA_DIR", raising=False)
+
+
+def tiny(p: config.Run, **sizes) -> config.Run:
+    return p.model_copy(update={"model": p.model.model_copy(update=sizes)})
+
+
+def parts_of(p: config.Run) -> dict[str, int]:
+    parts, most = dryrun.memory(p, dryrun.empty_model(p))
+    return {name or "and: sampling": size for name, size, _ in parts} | {"most": most}
+
+
+@pytest.mark.parametrize(
+    ("file", "parameters"), [("paper-qwen-gsm8k.yaml", 1_543_714_304), ("paper-llama-gsm8k.yaml", 1_235_814_400)]
+)
+def test_the_papers_models_have_their_published_sizes_and_are_not_downloaded(monkeypatch, file, parameters):
+    def refuse(*args):
+        raise AssertionError("a dry run opened a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    model = dryrun.empty_model(config.load_run(file))
+    assert model.num_parameters() == parameters
+    assert model.device.type == "meta" and model.dtype == torch.bfloat16
+
+
+def test_a_hub_model_without_a_config_is_told_so(tmp_path):
+    p = config.load_run("paper-qwen-gsm8k.yaml", {"model.config": None})
+    with pytest.raises(ValueError, match="Qwen/Qwen2.5-Math-1.5B.*is no folder here.*model.config"):
+        dryrun.empty_model(p)
+    scratch = config.load_run("smoke.yaml")
+    dryrun.empty_model(scratch).config.save_pretrained(tmp_path)
+    local = {"model": {"source": "hub", "path": str(tmp_path), "dtype": "float32", "lora": None}}
+    there = dryrun.empty_model(config.load_run("smoke.yaml", local))
+    assert there.num_parameters() == dryrun.empty_model(scratch).num_parameters()
+
+
+def test_lora_is_refused_and_not_miscounted():
+    with pytest.raises(ValueError, match="model.lora"):
+        dryrun.empty_model(config.load_run("smoke.yaml", {"model.lora": {"rank": 4, "alpha": 8}}))
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_each_part_of_the_papers_memory_follows_its_formula():
+    count = 1_543_714_304
+    told = parts_of(config.load_run("paper-qwen-gsm8k.yaml"))
+    assert told["weights"] == 2 * count and told["float32 copies"] == 4 * count and told["moments"] == 8 * count
+    assert told["gradients"] == 4 * count  # bfloat16, and once more in the buckets of eight processes
+    assert told["or: sampling"] == 256 * (256 + 1024) * 28 * 2 * 2 * 128 * 2  # 9.4e9
+    assert told["and: sampling"] == 256 * 151_936 * 26 + told["or: sampling"] // 28 * 6
+    assert told["or: an update"] == 8 * count
+    turns = (told["or: sampling"] + told["and: sampling"], told["or: a pass"], told["or: an update"])
+    assert told["most"] == 18 * count + max(turns)
+    assert 40 * GIB < told["most"] < 60 * GIB  # the paper: about 60 GB, with vLLM's weights and cache beside
+
+
+def test_one_process_has_no_buckets_and_float32_needs_no_copies():
+    p = config.load_run("smoke.yaml")
+    count = dryrun.empty_model(p).num_parameters()
+    told = parts_of(p)
+    assert "float32 copies" not in told
+    assert (told["weights"], told["gradients"], told["or: an update"]) == (4 * count, 4 * count, 4 * count)
+
+
+def test_sampling_is_what_the_sampler_reserves(task, panel, policy):
+    p = config.load_run("smoke.yaml", {"sampling.rows_per_batch": 6})
+    p = tiny(p, hidden_size=32, layers=2, heads=1, mlp_size=64, max_positions=128)
+    prompt, answer = 128 - 48, 48  # as long as its positions allow
+    cache, *_ = native._prefill(policy.model, [(1,) * prompt])
+    native._reserve(cache, torch.zeros(6, dtype=torch.long), answer)
+    held = sum(store.nbytes for layer in cache.layers for store in layer._store)
+    assert parts_of(p)["or: sampling"] == held == 6 * 128 * 2 * 2 * 32 * 4
+
+
+def test_a_draw_holds_26_bytes_a_word_of_which_6_are_there_before_it():
+    logp_NV = torch.full((4, 1000), 0.001).log()
+    with dryrun._Live([logp_NV]) as live:
+        native.draw(logp_NV, torch.full((4,), 0.5, dtype=torch.float64), temperature=1.0, top_p=None)
+    assert live.peak / (4 * 1000) == pytest.approx(26 - 6, abs=0.1)  # bfloat16 logits and float32 logp
+
+
+def test_a_pass_without_content_takes_what_the_same_pass_takes_on_a_cpu(policy):
+    scratch = config.load_run("smoke.yaml", {"model.layers": 2, "model.hidden_size": 128, "model.mlp_size": 256})
+    empty = dryrun.empty_model(scratch)
+    real = policy.model.__class__(empty.config)
+    assert real.device.type == "cpu" and real.num_parameters() == empty.num_parameters()
+    for rows, prompt, answer in ((3, 20, 50), (6, 20, 50), (3, 60, 10)):
+        told, held = (dryrun.pass_bytes(model, rows, prompt, answer) for model in (empty, real))
+        assert told == pytest.approx(held, rel=0.05)  # a GPU's attention keeps a mask in the model's dtype, a CPU's does not
+        assert told > 3 * rows * (answer + 1) * empty.config.vocab_size * 4  # logits, and their gradients' parts
+
+
+def test_a_pass_grows_with_its_rows_and_with_the_vocabulary():
+    def taken(vocabulary: int, rows: int) -> int:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+        with torch.device("meta"):
+            model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=True, **sizes))
+        return dryrun.pass_bytes(model, rows, 16, 64)
+
+    assert taken(50_000, 8) == pytest.approx(2 * taken(50_000, 4), rel=0.15)
+    copies = (taken(50_000, 8) - taken(25_000, 8)) / (8 * 65 * 25_000 * 4)
+    assert 3 <= copies <= 5  # float32 copies of the logits that are alive at once
+
+
+# --- work -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("task", "train", "test"), [("gsm8k", 6973, 1319), ("mathqa", 29337, 2985), ("strategyqa", 1632, 458)])
+def test_without_data_the_published_counts_are_taken(task, train, test):
+    found, source = dryrun.questions(config.load_run(f"paper-qwen-{task}.yaml"))
+    assert (found["train"], found["test"]) == (train, test) and "published" in source
+    some = config.load_run(f"paper-qwen-{task}.yaml", {"task.train_questions": 100, "evaluate.test_questions": 50})
+    assert dryrun.questions(some)[0] == {"train": 100, "validation": found["validation"], "test": 50}
+
+
+def test_questions_that_are_here_are_counted(monkeypatch, tmp_path):
+    rows = [json.dumps({"question": f"{n} + 1?", "answer": f"<<{n}+1={n + 1}>>\n#### {n + 1}"}) for n in range(40)]
+    (tmp_path / "gsm8k").mkdir()
+    for part, share in (("train", rows[:30]), ("test", rows[30:])):
+        (tmp_path / "gsm8k" / f"{part}.jsonl").write_text("\n".join(share))
+    monkeypatch.setenv("MEML_DATA_DIR", str(tmp_path))
+    few = {"task.validation_questions": 10, "evaluate.validation_questions": 5, "mef.answers_per_step": 8}
+    p = config.load_run("paper-qwen-gsm8k.yaml", few)
+    assert dryrun.questions(p) == ({"train": 20, "validation": 5, "test": 10}, "read here")
+    assert dryrun.stage1(p) == {
+        "teachers' answers": 60, "steps": 8, "answers trained on": 64, "answers to evaluate": (5 + 10) * 3,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("data", [True, False])
+def test_more_questions_than_there_are_is_an_error(data):
+    file, most = ("smoke.yaml", 8) if data else ("paper-qwen-strategyqa.yaml", 200)
+    with pytest.raises(ValueError, match=f"evaluate.validation_questions=201 exceeds the {most} questions"):
+        dryrun.questions(config.load_run(file, {"evaluate.validation_questions": 201}))
+
+
+def test_too_few_answers_for_a_step_is_an_error():
+    with pytest.raises(ValueError, match="stage 1 has 192 answers, fewer than mef.answers_per_step=193"):
+        dryrun.stage1(config.load_run("smoke.yaml", {"mef.answers_per_step": 193}))
+
+
+def test_wrong_teachers_answers_count_only_where_they_are_kept():
+    kept = [dryrun.stage1(config.load_run("demo.yaml", {"mef.keep": keep}))["teachers' answers"] for keep in ("all", "right")]
+    assert kept[0] == 12_000 > kept[1] > 6_000
+
+
+def test_stage_2_counts_its_rollouts_rows_and_evaluations():
+    told = dryrun.stage2(config.load_run("smoke.yaml"))  # 3 steps of 2 questions x 3 experts x 4 rollouts
+    assert told == {
+        "steps": 3,
+        "rollouts": 72,
+        "tokens in them": 72 * 48,
+        "rows trained on": 72 + 3 * 2 * 4 + 3 * 2 * 3,  # GRPO's, mutual learning's, the buffer's
+        "answers to evaluate": 3 * ((1 + 1) * 8 + 8 * (1 + 2)),  # validated after step 2 and at the end; 2 samples of 8
+    }
+    fewer = {"riel.objective.mutual": None, "riel.objective.buffer_sft": None, "riel.stop_at.rollouts": 25}
+    assert dryrun.stage2(config.load_run("smoke.yaml", fewer))["rows trained on"] == 48  # the second step passes 25
+    alone = dryrun.stage2(config.load_run("smoke.yaml", {"experts.only": [0]}))
+    assert alone["rows trained on"] == 24 + 3 * 2  # nobody to learn from
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def test_a_study_counts_a_shared_stage_1_once_a_seed_and_no_stage_2_of_sft_arms():
+    arms = {"sft": {"label": "x", "last_stage": "mef"}, "one": {"label": "y", "overrides": {"experts.only": [0]}}}
+    study = config.load_study("params/studies/smoke.yaml", {"seeds": [0, 1, 2], "arms": arms, "compare": {}})
+    said = list(dryrun.describe(study))
+    tables = {title: said[n + 1 :] for n, line in enumerate(said) for title in ("stage 1", "stage 2") if line.startswith(title)}
+    total = next(line.split() for line in tables["stage 1"] if " in all " in line)
+    assert total == ["6", "in", "all", "(3", "seed(s))", "768", "24", "192", "576"]  # (192 + 64) answers x 3 seeds, ...
+    assert not any(line.startswith("sft") for line in tables["stage 2"])
+
+
+def test_it_has_run_only_where_a_report_or_a_logged_command_shows_it(monkeypatch, tmp_path):
+    (tmp_path / "params").mkdir()
+    text = (ROOT / "params" / "smoke.yaml").read_text()
+    (tmp_path / "params" / "never.yaml").write_text(f"# {dryrun.NEVER_RUN}\n" + text)
+    (tmp_path / "params" / "smoke.yaml").write_text(text)
+    for part in ("base.yaml", "tasks", "experts", "models", "hardware"):
+        (tmp_path / "params" / part).symlink_to(ROOT / "params" / part)
+    (tmp_path / "reports" / "published" / "smoke-run").mkdir(parents=True)
+    log = tmp_path / "reports" / "log.md"
+    log.write_text("`meml run params/never.yaml.old` and `meml run params/studies/never.yaml`")
+    monkeypatch.chdir(tmp_path)
+    smoke, never = config.load_study("params/smoke.yaml"), config.load_study("params/never.yaml")
+    assert dryrun.evidence(smoke) == "none here" and dryrun.evidence(never) == "none. Never run by us."
+    (tmp_path / "reports" / "published" / "smoke-run" / "report.json").write_text("{}")
+    assert dryrun.evidence(smoke) == "reports/published/smoke-run"
+    log.write_text("`meml run params/never.yaml` on a fresh clone")
+    assert dryrun.evidence(never) == "reports/log.md"
