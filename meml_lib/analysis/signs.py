@@ -1,9 +1,10 @@
 """Signs of trouble, recognised from stage 2's metrics while it trains: each is said once, with what to look at and try.
 
 The four ways in which MEML-GRPO (arXiv 2508.09670) is known to fail. A sign says what the steps so far show, not how
-the run will end. Questions differ much in difficulty and a step holds few, so nothing is said that chance could do:
-intervals are of two standard errors, taken from how the steps themselves vary (rollouts of one question go together,
-so that a binomial error would be too small).
+the run will end. Questions differ much in difficulty and a step holds few, so a sign must hold two standard errors
+away, where chance could make one; a reward's error comes from how the steps vary (rollouts of one question go together,
+so that a binomial error would be too small). Simulated on 150 steps as noisy as the demo's, whose groups agree: a
+reward that stays level is called flat in 65 % of runs, one that rises by 0.1 in 12 %, by 0.2 in 2 %.
 """
 
 from __future__ import annotations
