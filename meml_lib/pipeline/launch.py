@@ -204,7 +204,7 @@ class _Display:
     def __init__(self, stage: config.Stage, p: config.Run, folder: RunFolder):
         self._stage, self._folder = stage, folder
         self._total = p.mef.steps if stage == "mef" else p.riel.steps
-        self._order = p.experts.panel
+        self._order = list(p.experts.known)  # one colour an expert, also in arms without the others
         self._watch = signs.Watch(p.riel) if stage == "riel" else None
         self._curve_at = time.monotonic()
         self._line_at = self._first_at = 0.0
