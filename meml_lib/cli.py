@@ -46,7 +46,7 @@ def _plain_errors() -> Iterator[None]:
 def check(
     file: File,
     set_: Set = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Also say what it would take: memory, steps, answers.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Also say what it takes: memory, steps, answers.")] = False,
 ) -> None:
     """Compose and check all values; print each with the file that it comes from. Downloads and trains nothing."""
     from meml_lib import config

@@ -20,7 +20,7 @@ FOLDERS = ("tasks", "experts", "models", "objectives", "hardware", "studies/rows
 PARTS = sorted(file for folder in FOLDERS for file in (PARAMS / folder).glob("*.yaml"))
 PAPER = [f"paper-{model}-{task}" for model in ("qwen", "llama") for task in ("gsm8k", "mathqa", "strategyqa")]
 SMOLLM2 = [f"smollm2-{task}" for task in ("gsm8k", "mathqa", "strategyqa")]
-SAID_AGAIN = {"demo.yaml": {"mef.answers_per_step", "riel.rollouts_per_expert"}}  # so that the demo shows its whole size
+SAID_AGAIN = {"demo.yaml": {"mef.answers_per_step", "riel.rollouts_per_expert"}}  # the demo shows its whole size
 
 
 @pytest.fixture(autouse=True)

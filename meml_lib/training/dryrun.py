@@ -24,11 +24,11 @@ from meml_lib.training import evaluate, mef, policy
 from meml_lib.training.losses import WeighedRow, nll
 from meml_lib.training.policy import Policy, Row
 
-PROMPT_TOKENS = 256
-"""Assumed length of a prompt; the longest of the shipped tasks and panels has 233 tokens of SmolLM2's tokenizer."""
+PROMPT_TOKENS = 288
+"""Assumed length of a prompt; the longest of the public sets' training prompts has 269 tokens of SmolLM2's tokenizer."""
 PUBLISHED = {"gsm8k": (7473, 1319), "mathqa": (29837, 2985), "strategyqa": (1832, 458)}
-"""Questions that train and validation share, and test ones: arXiv 2110.14168 and 1905.13319; StrategyQA has 2,290 labelled
-questions (arXiv 2101.02235), of which a fifth is test here."""
+"""Questions that train and validation share, and test ones: arXiv 2110.14168, arXiv 1905.13319; StrategyQA has 2,290
+labelled questions (arXiv 2101.02235), of which a fifth is test here."""
 NEVER_RUN = "Never run by us."
 """How a preset's file says so."""
 
@@ -44,7 +44,8 @@ def empty_model(p: config.Run) -> PreTrainedModel:
     if p.model.lora is not None:
         raise ValueError("model.lora: a dry run counts full fine-tuning only; set model.lora=null")
     if p.model.source == "scratch":
-        words = [*tasks.load(p.task).words(), *(word for e in experts.load_panel(p.experts) for word in e.system.split())]
+        prompts = " ".join(expert.system for expert in experts.load_panel(p.experts))
+        words = [*tasks.load(p.task).words(), *prompts.split()]
         model = policy.load(p.model, device="meta", words=words, seed=p.seed).model
         model.tie_weights()  # moving to meta unties them
         return model
@@ -72,12 +73,15 @@ def memory(p: config.Run, model: PreTrainedModel) -> tuple[list[tuple[str, int, 
     Plain data parallel; longest prompts and answers everywhere; without what CUDA and its allocator keep for themselves.
 
     Returns: (part, bytes, formula), the parts that stay first; the most at once: those, and the largest of the others.
+    Raises: ValueError if the longest answer leaves no room for a prompt.
     """
     c, count, size = model.config, model.num_parameters(), model.dtype.itemsize
     answer, rows, layers = p.sampling.max_answer_tokens, p.sampling.rows_per_batch, c.num_hidden_layers
     prompt = min(PROMPT_TOKENS, c.max_position_embeddings - answer)
-    half, processes = size < 4, p.hardware.processes
-    copies = 1 + (processes > 1)
+    if prompt < 1:
+        most = c.max_position_embeddings
+        raise ValueError(f"sampling.max_answer_tokens={answer} must be < the model's {most} positions")
+    half, parallel = size < 4, p.hardware.processes > 1
     head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     cache = rows * (prompt + answer) * layers * 2 * c.num_key_value_heads * head * size
     # The sampler's own copies of a row of the vocabulary: logits 2 bytes, logp and p 4 each, p and its sums in float64.
@@ -87,16 +91,16 @@ def memory(p: config.Run, model: PreTrainedModel) -> tuple[list[tuple[str, int, 
     stay = [
         ("weights", count * size, f"{count:,} parameters x {size} bytes"),
         ("float32 copies", half * count * 4, "parameters x 4 bytes, which the optimiser works on"),
-        ("gradients", count * size * copies, f"parameters x {size} bytes{', and again in all-reduce buckets' * (copies - 1)}"),
+        ("gradients", count * size * (1 + parallel), f"parameters x {size} bytes{', and all-reduce buckets' * parallel}"),
         ("moments", count * 8, "parameters x 8 bytes: Adam's two, float32 (Muon: fewer)"),
     ]
     turns = [
         ("or: sampling", cache, f"KV cache of {rows} rows x ({prompt} + {answer}) tokens x {layers} "
          f"layers x 2 x {c.num_key_value_heads} heads x {head} x {size} bytes"),
-        ("", step, f"a draw, {rows} rows x {c.vocab_size:,} words x 26 bytes; keys and values of a layer for all "
+        ("", step, f"a draw, {rows} rows x {c.vocab_size:,} words x 26 bytes; a layer's keys and values for "
          f"{c.num_attention_heads} heads"),
-        ("or: a pass", pass_bytes(model, at_once, prompt, answer), f"forward and backward of {at_once} rows x ({prompt} + {answer}) "
-         f"tokens, followed on the meta device; its logits: {_size(logits)} a copy"),
+        ("or: a pass", pass_bytes(model, at_once, prompt, answer), f"forward and backward of {at_once} rows x "
+         f"({prompt} + {answer}) tokens, followed on the meta device; its logits: {_size(logits)} a copy"),
         ("or: an update", count * 4 * (1 + half), "the optimiser's float32 intermediates and gradients"),
     ]  # fmt: skip
     largest = max(turns[0][1] + turns[1][1], turns[2][1], turns[3][1])
@@ -169,12 +173,12 @@ def questions(p: config.Run) -> tuple[dict[str, int], str]:
     if p.task.name in PUBLISHED and (p.task.source == "hub" or not os.environ.get("MEML_DATA_DIR")):
         pool, test = PUBLISHED[p.task.name]
         train = pool - p.task.validation_questions
-        found = {"train": min(train, p.task.train_questions or train), "validation": p.task.validation_questions, "test": test}
-        wanted = {"validation": p.evaluate.validation_questions, "test": p.evaluate.test_questions or test}
-        for split, most in wanted.items():
-            if most > found[split]:
-                raise ValueError(f"evaluate.{split}_questions={most} exceeds the {found[split]} questions of {p.task.name}")
-        return found | wanted, "published counts, no row left out"
+        there = {"validation": p.task.validation_questions, "test": test}
+        asked = {"validation": p.evaluate.validation_questions, "test": p.evaluate.test_questions or test}
+        for split, many in asked.items():
+            if many > there[split]:
+                raise ValueError(f"evaluate.{split}_questions={many} exceeds the {there[split]} questions of {p.task.name}")
+        return {"train": min(train, p.task.train_questions or train), **asked}, "published counts, no row left out"
     task = tasks.load(p.task)
     asked = {split: len(evaluate.questions_of(p, task, split)) for split in ("validation", "test")}
     return {"train": len(task.questions("train")), **asked}, "read here"
@@ -274,7 +278,7 @@ def _table(title: str, counts: dict[str, Counter[str]], seeds: int) -> Iterator[
     widths = [max(len(row[column]) for row in rows) for column in range(len(whats) + 1)]
     yield ""
     for name, *cells in rows:
-        yield "  ".join([f"{name:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))])
+        yield "  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])])
 
 
 def _size(size: int) -> str:
