@@ -115,7 +115,7 @@ def test_arms_of_a_kind_stand_together_below_its_name_in_its_colour():
         colour[label.get_text()] = next(line.get_color() for line in axes.get_lines() if line.get_ydata()[0] == row)
     assert [colour[label] for label in labels] == [figures.COLOURS[kind == "many"] for kind in kinds]
     heading = {text.get_text(): text.get_position()[1] for text in axes.texts if text.get_text() in kinds}
-    assert heading["one"] < heights["arm 0"] and heights["arm 4"] < heading["many"] < heights["arm 1"]
+    assert heading["one"] < heights["arm 0"] and heights["arm 4"] + 1 < heading["many"] < heights["arm 1"]
     assert picture.data["label"].tolist() == [labels[i] for i in (0, 2, 4, 1, 3)]
 
 
@@ -134,6 +134,8 @@ def test_a_prompt_is_distinct_where_its_own_teacher_is_likeliest_and_a_tie_is_no
     assert found["low"].tolist() == pytest.approx([0.0615, 0.4385], abs=1e-4)  # Wilson, 1 and 3 of 3
     longer = likelihoods().assign(tokens=lambda frame: 4 + 4 * (frame["teacher"] == "ann"))  # half the nats per token
     assert overlap.own_teacher_likeliest(longer)["own"].tolist() == [2, 3]
+    alone = likelihoods().query("prompt == 'ann' and teacher == 'ann'")
+    assert overlap.own_teacher_likeliest(alone)[["n", "own", "chance"]].to_numpy().tolist() == [[4, 4, 1]]
 
 
 def test_prompt_by_teacher_shows_nats_per_token_of_common_questions_and_frames_the_own_teacher():

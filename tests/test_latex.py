@@ -73,6 +73,8 @@ def test_wide_tables_wrap_or_turn_and_long_ones_break():
     made = {name: latex.table(name, sheet) for name, sheet in sheets().items()}
     assert [landscape for _, landscape in made.values()] == [False, True, False, False]
     assert ["longtable" in text for text, _ in made.values()] == [False, False, False, True]
+    assert made["long"][0].count(r"run & hash") == 2 == made["long"][0].count(r"\toprule")  # on each page; one caption
+    assert made["long"][0].count(r"\caption") == 1
     size = {name: next(page for page in latex._PAGES if rf"\{page.size}" in made[name][0]) for name in made}
     assert size["wide"].size == "tiny" and size["prose"].size == "footnotesize"
     for name, (text, landscape) in made.items():

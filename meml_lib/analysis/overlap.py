@@ -184,7 +184,8 @@ def own_teacher_likeliest(likelihoods: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for prompt, nats in nats_per_token(likelihoods).groupby(level="prompt", sort=False):
-        own = int((nats[prompt] > nats.drop(columns=prompt).max(axis=1)).sum())
+        others = nats.drop(columns=prompt).max(axis=1)  # NaN for a lone teacher
+        own = int((~(nats[prompt] <= others)).sum())
         interval = stats.wilson(own, len(nats))
         row = {"prompt": prompt, "n": len(nats), "own": own, "share": interval.mean}
         rows.append({**row, "low": interval.low, "high": interval.high, "chance": 1 / nats.shape[1]})
