@@ -52,7 +52,7 @@ def test_a_complete_study_on_generated_data_says_so_with_its_own_numbers(data):
         "Pre-trained models": "no",
         "Licenses for existing assets": "n.a.",
     }
-    assert found["Experiments compute resources"][1].startswith("2.00 h for 2 of 2")  # 1,800 s + 5,400 s
+    assert found["Experiments compute resources"][1].startswith("2.00 h wall time for 2 of 2")  # 1,800 s + 5,400 s
     assert "2 cores, 23.5 GiB memory, no GPU" in found["Experiments compute resources"][1]
     assert found["Specification of dependencies"][1] == "Python 3.11.7, torch 2.13.0"
     assert "0123456789:" in found["Training code"][1] and "`meml run x.yaml`" in found["README with results and commands"][1]
@@ -69,7 +69,8 @@ def test_one_seed_is_no_statistical_significance(data):
 
 def test_seeds_or_comparisons_that_did_not_run_make_it_partly_significant(data):
     data["scores"][0]["n_seeds"] = 2
-    assert answers(data)["Experiment statistical significance"][0] == "partly"
+    for pairs in (data["pairs"], []):
+        assert answers(data | {"pairs": pairs})["Experiment statistical significance"][0] == "partly"
     data["scores"][0]["n_seeds"], data["pairs"][1]["mean"] = 3, None
     answer, evidence = answers(data)["Experiment statistical significance"]
     assert answer == "partly" and "1 of 2 comparisons" in evidence

@@ -58,7 +58,7 @@ def test_a_missing_value_is_a_dash_and_an_empty_table_says_so():
 
 
 def sheets() -> dict[str, Sheet]:
-    signs = "".join([*latex._MATHS, *latex._WORDS, *latex._AS_THEY_STAND, "中🙂\u200b\x07"])
+    signs = "".join([*latex._SOURCE, *latex._AS_THEY_STAND, "中🙂\u200b\x07"])
     glyphs = [text[at : at + 12] for text in (LATIN, signs) for at in range(0, len(text), 12)]
     words = "Multi-expert (equations, story): SFT + GRPO with a buffer and mutual learning"
     return {

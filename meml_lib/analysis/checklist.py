@@ -47,11 +47,12 @@ def rows(data: Mapping[str, Any]) -> list[dict[str, str]]:
     bars = f"at least {fewest} of {len(data['seeds'])} seeds a result; 95 % intervals over "
     bars += "seeds and questions" if fewest > 1 else "questions alone: another seed may differ by more"
     bars += f"; {len(compared)} of {len(pairs)} comparisons named beforehand are made: paired, Holm's correction over all"
-    significant = "no" if fewest < 2 else _share(len(compared) + (fewest == len(data["seeds"])), len(pairs) + 1)
+    complete = fewest == len(data["seeds"]) and len(compared) == len(pairs)
+    significant = "no" if fewest < 2 else "yes" if complete else "partly"
 
     hours, memory = sum(s["wall_s"] for s in timed) / 3600, max((s["peak_memory_mib"] or 0 for s in timed), default=0)
     machines = " and ".join(_different(_machine(machine["hardware"]) for machine in used))
-    compute = f"{hours:.2f} h for {_of(timed, stages)}, most memory {memory} MiB, on {machines or 'nothing'}; repeats not counted"
+    compute = f"{hours:.2f} h wall time for {_of(timed, stages)}, without repeats; at most {memory} MiB of memory; {machines or 'not run'}"
     settings = [f"stage {i}: {values[s]['optimizer']}, lr {values[s]['lr']:g}" for i, s in enumerate(("mef", "riel"), 1)]
     validation = f"{values['evaluate']['validation_questions']} validation questions for every choice"
     setting = f"{'; '.join(settings)}; {validation}; all values in the values.json of {_of(done, stages)}"

@@ -14,17 +14,14 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-_WORDS = {
-    **dict(zip("&%$#_{}", "&%$#_{}", strict=True)), "\\": "textbackslash", "~": "textasciitilde", "^": "textasciicircum",
-    "<": "textless", ">": "textgreater", "|": "textbar", '"': "textquotedbl", "'": "textquotesingle",
-    "`": "textasciigrave", "→": "textrightarrow", "←": "textleftarrow", "•": "textbullet",
-}  # fmt: skip
-_MATHS = {"−": "-", "≤": "\\le", "≥": "\\ge", "≠": "\\ne", "≈": "\\approx", "∞": "\\infty", "✓": "\\surd", "✗": "\\times"}
-_GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi o pi rho varsigma sigma tau upsilon phi"
-_MATHS |= {chr(0x3B1 + place): f"\\{name}" for place, name in enumerate(f"{_GREEK} chi psi omega".split()) if name != "o"}
 _FIGURE, _SIGN = "\u2007", "\u2008"  # room for a digit, for a sign
-_ROOM = {_FIGURE: r"\phantom{0}", _SIGN: r"\phantom{$-$}"}
-_AS_THEY_STAND = "–—‘’“”…"  # beside the letters and signs of Latin alphabets
+_SOURCE = {c: f"\\{c}" for c in "&%$#_{}"} | {_FIGURE: r"\phantom{0}", _SIGN: r"\phantom{$-$}"}
+_TEXT = "backslash asciitilde asciicircum less greater bar quotedbl quotesingle asciigrave rightarrow leftarrow bullet"
+_SOURCE |= {c: f"\\text{name}{{}}" for c, name in zip("\\~^<>|\"'`→←•", _TEXT.split(), strict=True)}
+_MATHS = "- le ge ne approx infty surd times alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho"
+_MATHS = _MATHS.split() + "varsigma sigma tau upsilon phi chi psi omega".split()
+_SOURCE |= {c: f"$\\{name}$" for c, name in zip("−≤≥≠≈∞✓✗αβγδεζηθικλμνξπρςστυφχψω", _MATHS, strict=True)} | {"−": "$-$"}
+_AS_THEY_STAND = "–—‘’“”…\N{NO-BREAK SPACE}"  # beside the letters and signs of Latin alphabets
 _EMS = {c: em for cs, em in (("ijl.,:;'|!()[]/ \xa0", 0.3), ("frst-", 0.4), (_FIGURE, 0.53), ("mwMW%&@→—", 0.95)) for c in cs}
 # A line may break here, besides at a space: after these signs, and anywhere in a word that is very long.
 _BREAK = re.compile(r"(?<=[/+_=\]])(?=[\w[])|(?<=\w{20})(?=\w{4})")
@@ -110,7 +107,7 @@ def escape(text: str) -> str:
     >>> print(escape("50 % of x_1: -0.5 → ≤ λ"))
     50 \\% of x\\_1: $-$0.5 \\textrightarrow{} $\\le$ $\\lambda$
     """
-    source = "".join(map(_character, _plain(text)))
+    source = "".join(_SOURCE.get(c, c) for c in _plain(text))
     return re.sub(r"([-,])(?=\1)", r"\1{}", source)  # -- would become a dash, ,, a quotation mark
 
 
@@ -122,15 +119,7 @@ def _plain(text: str) -> str:
 
 def _has_glyph(c: str) -> bool:
     latin = c.isprintable() and ord(c) < 0x17F and c not in "ĦħĸĿŀŉŦŧ"
-    return latin or c in _WORDS or c in _MATHS or c in _ROOM or c in f"{_AS_THEY_STAND}\N{NO-BREAK SPACE}"
-
-
-def _character(c: str) -> str:
-    if c in _WORDS:
-        return f"\\{_WORDS[c]}" + "{}" * _WORDS[c].isalpha()
-    if c in _MATHS:
-        return f"${_MATHS[c]}$"
-    return _ROOM.get(c, c)
+    return latin or c in _SOURCE or c in _AS_THEY_STAND
 
 
 def _breakable(cell: str) -> str:
