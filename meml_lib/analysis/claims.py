@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from itertools import groupby
 from math import hypot
@@ -86,6 +86,11 @@ def _fits(row: Mapping[str, Any], arm: ArmResult) -> bool:
     return row["recipe"].items() <= recipe(arm).items() and (not place or int(place) in arm.positions)
 
 
+def _baselines(row: Mapping[str, Any], arms: Sequence[ArmResult]) -> list[ArmResult]:
+    """The arms that a gain may be measured against."""
+    return [arm for arm in arms if row.get("against", {}).items() <= recipe(arm).items()]
+
+
 # --- beside ours ------------------------------------------------------------------------------------------------------
 
 
@@ -101,8 +106,8 @@ def rows(table: str, arms: Sequence[ArmResult], teachers: Sequence[Mapping] = ()
         raise ValueError(f"table {table!r} is not in paper.yaml; it has {list(tables)}")
     found = []
     for row in tables[table]["rows"]:
-        fitting = [arm for arm in arms if _fits(row, arm)]
-        if _stage(row) == "stage 1":  # arms that share stage 1 have one answer to this; an arm of stage 1 alone speaks first
+        fitting = [arm for arm in arms if _fits(row, arm)] if _baselines(row, arms) else []
+        if _stage(row) == "stage 1":  # arms that share stage 1 have one answer to this; one that ends there speaks first
             fitting.sort(key=lambda arm: arm.last)
             keys = [json.dumps(arm.run.reads("mef")) for arm in fitting]
             fitting = [arm for place, arm in enumerate(fitting) if keys.index(keys[place]) == place]
@@ -129,16 +134,14 @@ def readable(found: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         known = [(cell["paper"], cell["model"]) for cell in cells if cell["paper"] is not None]
         numbers = [_number(number) if model == "any" else f"{_number(number)} ({model})" for number, model in known]
         head = {key: first[key] for key in ("table", "row")}
-        head |= {"data set": "" if first["task"] == "any" else first["task"]}
-        head |= {"paper": ", ".join(numbers) or ("unknown" if first["in_paper"] else "—"), "sure": first["sure"]}
-        if not first["in_paper"]:
-            head |= {"data set": "", "sure": ""}
+        head |= {"data set": "—" if first["task"] == "any" else first["task"]}
+        unknown, sure = ("unknown", first["sure"]) if first["in_paper"] else ("—", "—")
+        head |= {"paper": ", ".join(numbers) or unknown, "sure": sure}
         mean, _, interval = text(ours).partition(" ")
-        mine = {"our arm": first["arm"] or "none of this kind", "ours": first["see"] or mean, "95 % interval": interval}
-        counts = {"n": ours["n_questions"], "seeds": ours["n_seeds"]} if ours else {"n": "", "seeds": ""}
-        detectable = f"{100 * _detectable(ours):.1f}" if ours else ""
-        judged = {"delta": text(delta) if delta else "", "smallest detectable": detectable, "verdict": first["verdict"]}
-        shown.append({**head, **mine, **counts, **judged})
+        mine = {"our arm": first["arm"] or "none of this kind", "ours": first["see"] or mean}
+        counts = {"n": ours["n_questions"], "seeds": ours["n_seeds"] or "—"} if ours else {"n": "—", "seeds": "—"}
+        judged = {"delta": text(delta), "smallest detectable": f"{100 * _detectable(ours):.1f}" if ours else "—"}
+        shown.append({**head, **mine, "95 % interval": interval or "—", **counts, **judged, "verdict": first["verdict"]})
     return shown
 
 
@@ -164,7 +167,7 @@ def _ours(
     """(who, what we measured)."""
     kind_, _, name = (row["measure"] or "").rpartition("/")
     if kind_ == "gain":
-        able = [other for other in arms if row["against"].items() <= recipe(other).items() and other.last in other.validation]
+        able = [other for other in _baselines(row, arms) if other.last in other.validation]
         if not able:
             return arm.label, None
         best = max(able, key=lambda other: other.validation[other.last])
@@ -175,7 +178,7 @@ def _ours(
         weakest = own and max(own["corrected"], key=lambda of_one: of_one["errors"])
         counts = {"overlap_iou": ("all_wrong", "any_wrong"), "corrected_by_others": ("corrected", "errors")}[name]
         part, whole = ((own if name == "overlap_iou" else weakest)[key] for key in counts) if own else (0, 0)
-        return arm.label, wilson(part, whole) if whole else None
+        return arm.label, replace(wilson(part, whole), n_seeds=0) if whole else None  # teachers have no seed
     measured = arm.measured(name, _stage(row)) if name else None
     return arm.label, measured and measured.interval()
 
@@ -195,7 +198,7 @@ def _judged(
     if not delta.low <= 0 <= delta.high:
         return delta, "not reproduced"
     sees = 100 * _detectable(ours) <= values()["verdict"]["smallest_gain"]
-    return delta, "reproduced" if sees and (ours.n_seeds > 1 or row["measure"].startswith("teachers/")) else "too few data"
+    return delta, "reproduced" if sees and ours.n_seeds != 1 else "too few data"
 
 
 def _reasons(row: Mapping[str, Any], value: Any, arm: ArmResult, model: str, task: str) -> list[str]:
@@ -253,7 +256,7 @@ def settings(run: config.Run) -> list[dict[str, Any]]:
             continue
         given = "not given" if paper is None else " or ".join(map(str, accepted))
         shown = f"{ours}" + (f" ({item['why']})" if "why" in item else "")
-        found.append({"setting": item["what"], "paper": given, "sure": item.get("sure", ""), "ours": shown})
+        found.append({"setting": item["what"], "paper": given, "sure": item.get("sure", "—"), "ours": shown})
     return found
 
 
@@ -274,7 +277,7 @@ def _setting(run: config.Run, key: str) -> Any:
         case "model":
             return getattr(run.model, "path", "trained from scratch")
         case "mef.length":
-            return f"{stage.epochs:g} epochs" if stage.epochs else f"{stage.steps} steps"
+            return f"{stage.epochs:g} epoch{'s' * (stage.epochs != 1)}" if stage.epochs else f"{stage.steps} steps"
         case "riel.length":
             limits = [f"{limit} {name.replace('_', ' ')}" for name, limit in stage.stop_at if limit]
             return " or ".join([f"{stage.steps} steps", *limits]) + f" of {stage.questions_per_step} questions"

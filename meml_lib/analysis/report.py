@@ -10,6 +10,7 @@ import base64
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
@@ -372,7 +373,7 @@ def _pair_row(pair: Mapping[str, Any], panel: Sequence[str]) -> dict[str, Any]:
 
 
 def _p(p: float) -> str:
-    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
+    return f"{p:.3f}" if p >= 0.001 else "<\N{NO-BREAK SPACE}0.001"
 
 
 def _mean_of(stages: Sequence[Mapping[str, Any]], key: str) -> float | None:
@@ -404,19 +405,18 @@ def _budget_row(label: str, stages: Sequence[Mapping[str, Any]]) -> dict[str, An
 
 def _sign_rows(data: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """One row an arm and sign, all seeds in it."""
-    seen = [(stage, sign) for stage in data["stages"] for sign in stage["signs"]]
-    example = data["example"] or {}
-    for (label, name), group in groupby(sorted(seen, key=_arm_and_sign), _arm_and_sign):
-        group = list(group)
-        stage, sign = group[0]
-        steps = "; ".join(f"seed {s['seed']}, step {at['step'] + 1}: {at['seen']}" for s, at in group)
-        drawn = any((s["name"], s["seed"]) == (example.get("arm"), example.get("seed")) for s, _ in group)
-        figure = f"figures/curves-{stage['name']}" if drawn else f"jobs/03_riel-{stage['name']}-seed-{stage['seed']}"
-        yield {"arm": label, "sign": name, "seen": steps, "what to try": sign["advice"], "figure": f"{figure}, panel {sign['look']}"}
-
-
-def _arm_and_sign(found: tuple[Mapping[str, Any], Mapping[str, Any]]) -> tuple[str, str]:
-    return found[0]["label"], found[1]["name"]
+    found: dict[tuple[str, str], list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {}
+    for stage in data["stages"]:
+        for sign in stage["signs"]:
+            found.setdefault((stage["name"], sign["name"]), []).append((stage, sign))
+    example = data["example"] or {"arm": None}
+    for (arm, name), of_seeds in found.items():
+        stage, sign = of_seeds[0]
+        seen = "; ".join(f"seed {s['seed']}, step {at['step'] + 1}: {at['seen']}" for s, at in of_seeds)
+        drawn_ = arm == example["arm"] and stage["seed"] == example["seed"]
+        figure = f"figures/curves-{arm}" if drawn_ else f"jobs/03_riel-{arm}-seed-{stage['seed']}"
+        head = {"arm": stage["label"], "sign": name, "seen": seen, "what to try": sign["advice"]}
+        yield {**head, "figure": f"{figure}, panel {sign['look']}"}
 
 
 def _prompt_row(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -561,6 +561,8 @@ def write(study: config.Study) -> Path:
     folder = study.folder / "report"
     data = gather(study)
     frames = tables(data)
+    for part in ("tables", "figures"):  # what an earlier report left must not stand beside this one's
+        shutil.rmtree(folder / part, ignore_errors=True)
     RunFolder(folder).write_json("report", data)
     (folder / "tables").mkdir(parents=True, exist_ok=True)
     for name, frame in {**frames, "scores": pd.json_normalize(data["scores"])}.items():
@@ -572,7 +574,7 @@ def write(study: config.Study) -> Path:
         file = figures.save(picture, folder / "figures" / re.sub(r"[^\w.+-]", "-", name))
         shown[name] = f"![{re.sub(r'[][]', '', caption)}]({file.relative_to(folder)})"
     done = [stage for stage in data["stages"] if stage["state"] == "done"]
-    verdicts = [row["verdict"].split(" (")[0] for row in data["paper"] if row["in_paper"]]
+    verdicts = [row["verdict"].split(" (")[0] for row in claims.readable(data["paper"]) if row["sure"] != "—"]
     text = _template("report.md.j2").render(
         data=data,
         tables={name: _markdown_table(frame) for name, frame in frames.items()},
