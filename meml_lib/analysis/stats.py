@@ -7,13 +7,14 @@ arms, seed by seed and question by question.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import norm, t
+from scipy.special import ndtri, nctdtrinc, stdtrit  # the quantiles of scipy.stats, without its 100 us a call
+from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 LEVEL = 0.95  # of every interval
@@ -25,6 +26,7 @@ class Interval:
     """A mean with its 95 % interval, and what it rests on.
 
     detectable: the smallest true difference from 0 that the design finds with 80 % power; None where that is not asked.
+    p: two-sided, of a true mean of 0; below 0.05 exactly where the interval leaves 0 out. None for shares.
     """
 
     mean: float
@@ -33,6 +35,7 @@ class Interval:
     n_questions: int
     n_seeds: int
     detectable: float | None = None
+    p: float | None = None
 
 
 def text(numbers: Mapping[str, Any] | None, *, scale: float = 100, digits: int = 1) -> str:
@@ -62,7 +65,26 @@ def wilson(right: int, n: int) -> Interval:
     return Interval(right / n, float(low), float(high), n, 1)
 
 
-def half_width(values_SQ: ArrayLike, *, power: float = 0.5) -> NDArray:
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """The p-values of one table's comparisons, corrected for their number; each in its place.
+
+    Where all true differences are 0, the chance that any of them comes out below 0.05 is at most 5 %, however the
+    comparisons hang together. Those that have not run (None or NaN) stay None and do not count.
+    Raises: ValueError for a p-value outside [0, 1].
+    Source: Holm, Scandinavian Journal of Statistics 6 (1979) 65-70, by statsmodels' multipletests.
+
+    >>> holm([0.01, None, 0.04, 0.03])  # 3 x 0.01; 2 x 0.03; 1 x 0.04, but never below a smaller one's
+    [0.03, None, 0.06, 0.06]
+    """
+    ran = {place: p for place, p in enumerate(p_values) if p is not None and not np.isnan(p)}
+    if not all(0 <= p <= 1 for p in ran.values()):
+        raise ValueError(f"p_values={list(ran.values())} must lie in [0, 1]")
+    corrected = multipletests(list(ran.values()), method="holm")[1].tolist() if ran else []
+    by_place = dict(zip(ran, corrected, strict=True))
+    return [by_place.get(place) for place in range(len(p_values))]
+
+
+def half_width(values_SQ: ArrayLike) -> NDArray:
     """Half-width of the 95 % interval of the mean, both seeds and questions being random.
 
         half^2 = t^2 var_S(mean_Q) / S  +  z^2 max(0, question variance) / Q
@@ -72,30 +94,93 @@ def half_width(values_SQ: ArrayLike, *, power: float = 0.5) -> NDArray:
     adds that, its variance being the two-way analysis of variance's (MS_questions - MS_residual) / S. Adding the
     squares of two limits instead of pooling the variances is the modified large-sample method (Burdick and Graybill,
     Confidence Intervals on Variance Components, 1992). In simulations (tests/test_stats.py; right or wrong answers, 300
-    questions, 2 to 10 seeds) it covers 94 to 99 %: conservative where seeds hardly differ. A pooled variance with
-    Satterthwaite's degrees of freedom is narrower at 2 seeds but fell to 88 % there. The price is a wide interval at
-    2 seeds (t = 12.7), which is what 2 seeds can say. With one seed the interval holds the questions' variance alone.
+    questions, 2 to 10 seeds) it covers 94 to 99 %: conservative where seeds hardly differ. The price is a wide interval
+    at 2 seeds (t = 12.7). Narrower methods were tried and left (reports/log.md): pooling the variances falls to 89 % at
+    2 seeds, and where the seeds' variance may be anything, nothing is much narrower. With one seed the interval holds
+    the questions' variance alone.
 
-    Args:
-      values_SQ: [..., S, Q]; leading axes are separate studies.
-      power: 0.5 gives the half-width; 0.8 the smallest true difference seen with that power.
-    Returns: [...], in the unit of the values.
+    Args: values_SQ: [..., S, Q]; leading axes are separate studies.
+    Returns: [...], in the unit of the values; where nothing varied, Wilson's upper bound of 0 exceptions in Q.
     """
+    return _half(_spread(values_SQ))
+
+
+def detectable(values_SQ: ArrayLike) -> NDArray:
+    """The smallest true mean that the design finds (its interval leaves 0 out) with 80 % power; shapes: `half_width`.
+
+    `half_width` with each quantile replaced by the shift that is found so often: z + z_0.8, and for t the noncentrality
+    of the t test (12.7 -> 16.3 at 2 seeds). The seeds' variance is the observed one: with 2 or 3 seeds a rough guide.
+    """
+    spread = _spread(values_SQ)
+    found_t = nctdtrinc(spread.df, 1 - POWER, -stdtrit(spread.df, (1 - LEVEL) / 2))
+    return _combine(spread, found_t, ndtri(POWER) - ndtri((1 - LEVEL) / 2))
+
+
+def p_value(values_SQ: ArrayLike) -> NDArray:
+    """Two-sided p-value of a true mean of 0: 1 - level of the interval of `half_width` that just reaches 0.
+
+    Args: values_SQ: paired differences; [..., S, Q] as in `half_width`.
+    Returns: [...]; below 0.05 exactly where the 95 % interval leaves 0 out; 1e-15 stands for anything smaller.
+
+    >>> round(float(p_value([[1.0, 0.0, 0.0, 1.0, 1.0]])), 4)  # one seed: the t test, t = 0.6 / sqrt(0.3 / 5)
+    0.0705
+    """
+    spread = _spread(values_SQ)
+    log_low, log_high = np.full(spread.mean.shape, np.log(1e-15)), np.zeros(spread.mean.shape)
+    for _ in range(50):  # halving: half-widths shrink as p grows
+        middle = (log_low + log_high) / 2
+        reaches = _half(spread, np.exp(middle)) >= np.abs(spread.mean)
+        log_low, log_high = np.where(reaches, middle, log_low), np.where(reaches, log_high, middle)
+    return np.exp(log_low)
+
+
+def limits(values_SQ: ArrayLike, *, share: bool = False) -> tuple[NDArray, NDArray]:
+    """(low, high) of the 95 % interval of the mean: mean -+ `half_width`; a share's is bent (see `crossed_mean`)."""
+    spread = _spread(values_SQ)
+    half, mean = _half(spread), spread.mean
+    if not share:
+        return mean - half, mean + half
+    bend = np.full(mean.shape, ndtri((1 - LEVEL) / 2) ** 2 / spread.questions)
+    np.divide(half**2, mean * (1 - mean), out=bend, where=spread.varies)  # in the place of z^2 / n in Wilson's formula
+    centre = (mean + bend / 2) / (1 + bend)
+    width = np.sqrt(mean * (1 - mean) * bend + bend**2 / 4) / (1 + bend)
+    return np.maximum(0.0, centre - width), np.minimum(1.0, centre + width)
+
+
+class _Spread(NamedTuple):
+    """A mean and the variances that its interval is made of; each [...], a value per study."""
+
+    mean: NDArray
+    by_seed: NDArray  # with one seed: by question
+    by_question: NDArray
+    varies: NDArray
+    df: int  # of by_seed
+    questions: int
+
+
+def _spread(values_SQ: ArrayLike) -> _Spread:
     values = np.asarray(values_SQ, dtype=float)
     seeds, questions = values.shape[-2:]
-
-    def quantiles(df: int) -> float:
-        return t.ppf((1 + LEVEL) / 2, df) + t.ppf(power, df)
-
+    seed_mean, question_mean = values.mean(axis=-1), values.mean(axis=-2)
+    mean = seed_mean.mean(axis=-1)
+    question_variance = question_mean.var(axis=-1, ddof=1)
     if seeds == 1:
-        return quantiles(questions - 1) * np.sqrt(values[..., 0, :].var(axis=-1, ddof=1) / questions)
-    seed_mean, question_mean = values.mean(axis=-1, keepdims=True), values.mean(axis=-2, keepdims=True)
-    residual = values - seed_mean - question_mean + values.mean(axis=(-2, -1), keepdims=True)
-    ms_residual = (residual**2).sum(axis=(-2, -1)) / ((seeds - 1) * (questions - 1))
-    question_variance = question_mean[..., 0, :].var(axis=-1, ddof=1) - ms_residual / seeds
-    by_seed = quantiles(seeds - 1) ** 2 * seed_mean[..., 0].var(axis=-1, ddof=1) / seeds
-    z = norm.ppf((1 + LEVEL) / 2) + norm.ppf(power)
-    return np.sqrt(by_seed + z**2 * np.maximum(question_variance, 0.0) / questions)
+        by_seed, by_question, df = question_variance / questions, np.zeros(mean.shape), questions - 1
+    else:
+        residual = values - seed_mean[..., None] - question_mean[..., None, :] + mean[..., None, None]
+        ms_residual = (residual**2).sum(axis=(-2, -1)) / ((seeds - 1) * (questions - 1))
+        by_question = np.maximum(question_variance - ms_residual / seeds, 0.0) / questions
+        by_seed, df = seed_mean.var(axis=-1, ddof=1) / seeds, seeds - 1
+    return _Spread(mean, by_seed, by_question, by_seed + by_question > 1e-24, df, questions)
+
+
+def _combine(spread: _Spread, t: ArrayLike, z: ArrayLike) -> NDArray:
+    seen = np.sqrt(np.square(t) * spread.by_seed + np.square(z) * spread.by_question)
+    return np.where(spread.varies, seen, np.square(z) / (spread.questions + np.square(z)))
+
+
+def _half(spread: _Spread, p: ArrayLike = 1 - LEVEL) -> NDArray:
+    return _combine(spread, stdtrit(spread.df, np.divide(p, 2)), ndtri(np.divide(p, 2)))
 
 
 def crossed_mean(values_SQ: ArrayLike, *, share: bool = False) -> Interval:
@@ -112,8 +197,7 @@ def crossed_mean(values_SQ: ArrayLike, *, share: bool = False) -> Interval:
     >>> one = crossed_mean([[1, 1, 0, 0, 0, 0, 0, 0, 0, 0]], share=True); round(one.mean, 2), round(one.low, 2)
     (0.2, 0.04)
     """
-    values = _checked(values_SQ)
-    return _interval(float(values.mean()), values, share)
+    return _interval(_checked(values_SQ), share)
 
 
 def crossed_ratio(part_SQ: ArrayLike, whole_SQ: ArrayLike) -> Interval:
@@ -126,7 +210,7 @@ def crossed_ratio(part_SQ: ArrayLike, whole_SQ: ArrayLike) -> Interval:
     if whole.sum() <= 0:
         raise ValueError(f"sum of whole_SQ={whole.sum():g} must be > 0: a share of nothing is not defined")
     ratio = float(part.sum() / whole.sum())
-    return _interval(ratio, ratio + (part - ratio * whole) / whole.mean(), share=True)
+    return _interval(ratio + (part - ratio * whole) / whole.mean(), share=True)
 
 
 def _checked(values_SQ: ArrayLike) -> NDArray:
@@ -138,19 +222,7 @@ def _checked(values_SQ: ArrayLike) -> NDArray:
     return values
 
 
-def _interval(mean: float, values: NDArray, share: bool) -> Interval:
-    seeds, questions = values.shape
-    half, detectable = float(half_width(values)), float(half_width(values, power=POWER))
-    z = norm.ppf((1 + LEVEL) / 2)
-    if half < 1e-12:
-        half = detectable = float(z**2 / (questions + z**2))  # Wilson's upper bound of 0 exceptions in Q
-        bend = z**2 / questions
-    else:
-        bend = half**2 / (mean * (1 - mean)) if 0 < mean < 1 else z**2 / questions
-    if share:  # Wilson's formula, with half^2 in the place of z^2 p (1 - p) / n
-        centre = (mean + bend / 2) / (1 + bend)
-        width = np.sqrt(mean * (1 - mean) * bend + bend**2 / 4) / (1 + bend)
-        low, high = max(0.0, centre - width), min(1.0, centre + width)
-    else:
-        low, high = mean - half, mean + half
-    return Interval(mean, float(low), float(high), questions, seeds, detectable)
+def _interval(values: NDArray, share: bool) -> Interval:
+    low, high = limits(values, share=share)
+    p = None if share else float(p_value(values))
+    return Interval(float(values.mean()), float(low), float(high), *values.shape[::-1], float(detectable(values)), p)
