@@ -55,7 +55,10 @@ def test_a_complete_study_on_generated_data_says_so_with_its_own_numbers(data):
     assert found["Experiments compute resources"][1].startswith("2.00 h wall time for 2 of 2")  # 1,800 s + 5,400 s
     assert "2 cores, 23.5 GiB memory, no GPU" in found["Experiments compute resources"][1]
     assert found["Specification of dependencies"][1] == "Python 3.11.7, torch 2.13.0"
-    assert "0123456789:" in found["Training code"][1] and "`meml run x.yaml`" in found["README with results and commands"][1]
+    assert (
+        "0123456789:" in found["Training code"][1]
+        and "`meml run x.yaml`" in found["README with results and commands"][1]
+    )
     assert "3 of 3 seeds" in found["Experiment statistical significance"][1]
     assert "no input files" in found["Open access to data and code"][1]  # stage 1's weights are none
 

@@ -23,7 +23,8 @@ def ems(text: str) -> list[float]:
     [
         ("5 % & a_b #1 $x {y}", r"5 \% \& a\_b \#1 \$x \{y\}"),
         (r"\~^<|>", r"\textbackslash{}\textasciitilde{}\textasciicircum{}\textless{}\textbar{}\textgreater{}"),
-        ("--set 'a=[1]' ,,\"`", r"-{}-set \textquotesingle{}a=[1]\textquotesingle{} ,{},\textquotedbl{}\textasciigrave{}"),
+        ("--set 'a=[1]'", r"-{}-set \textquotesingle{}a=[1]\textquotesingle{}"),
+        (",,\"`", r",{},\textquotedbl{}\textasciigrave{}"),
         ("1 → 2 — ± ° λ ≤ ✓", r"1 \textrightarrow{} 2 — ± ° $\lambda$ $\le$ $\surd$"),
         ("αορςσω", r"$\alpha$[U+03BF]$\rho$$\varsigma$$\sigma$$\omega$"),  # omicron has no sign in mathematics
         ("-1.5 (-.5) [-2, -3] a-1 1e-6 2024-01", "$-$1.5 ($-$.5) [$-$2, $-$3] a-1 1e-6 2024-01"),
@@ -36,7 +37,9 @@ def test_every_character_is_escaped_or_named(text, source):
 
 
 def test_a_table_has_caption_label_rules_and_note():
-    text, landscape = latex.table("table-4", Sheet(pd.DataFrame({"arm": ["A & B"], "%": [CELL]}), "5 % of", "n = 3 & seeds"))
+    text, landscape = latex.table(
+        "table-4", Sheet(pd.DataFrame({"arm": ["A & B"], "%": [CELL]}), "5 % of", "n = 3 & seeds")
+    )
     order = [r"\begin{table}", r"\caption{5 \% of}\label{tab:table-4}", r"\toprule", r"arm & \% \\", r"\midrule",
              rf"A \& B & {CELL} \\", r"\bottomrule", r"\end{tabular}", r"n = 3 \& seeds", r"\end{table}"]  # fmt: skip
     places = [text.index(part) for part in order]
@@ -44,7 +47,9 @@ def test_a_table_has_caption_label_rules_and_note():
 
 
 def test_numbers_stand_in_line_whatever_their_sign_and_length():
-    text, _ = latex.table("x", Sheet(pd.DataFrame({"points": ["-1.0 [-2.0, 3.0]", "23.4 [1.0, 2.0]", "5.0", "not run"]}), "x"))
+    text, _ = latex.table(
+        "x", Sheet(pd.DataFrame({"points": ["-1.0 [-2.0, 3.0]", "23.4 [1.0, 2.0]", "5.0", "not run"]}), "x")
+    )
     cells = text.split("\\midrule\n")[1].split("\\bottomrule")[0].replace(" \\\\", "").splitlines()[::2]
     assert cells == [
         r"\phantom{0}$-$1.0 [$-$2.0, 3.0]", r"\phantom{$-$}23.4 [1.0, 2.0]", r"\phantom{$-$}\phantom{0}5.0", "not run",
@@ -61,12 +66,15 @@ def sheets() -> dict[str, Sheet]:
     signs = "".join([*latex._SOURCE, *latex._AS_THEY_STAND, "中🙂\u200b\x07"])
     glyphs = [text[at : at + 12] for text in (LATIN, signs) for at in range(0, len(text), 12)]
     words = "Multi-expert (equations, story): SFT + GRPO with a buffer and mutual learning"
-    return {
-        "glyphs": Sheet(pd.DataFrame({"a_b & c%": glyphs}), r"50 % of x^2 # {~} \ <b> 'λ'", "--set 'a=[1]' ``x''"),
-        "wide": Sheet(pd.DataFrame({"arm": [words] * 3} | {f"pass@{k}": [CELL, "-1.0", None] for k in range(14)}), "wide"),
-        "prose": Sheet(pd.DataFrame({"item": [words], "answer": ["partly"], "evidence": [words * 5]}), "prose", "n = 3"),
-        "long": Sheet(pd.DataFrame({"run": ["a/b_c+d/" * 9] * 99, "hash": "0123456789abcdef" * 8}), "long", "note " * 99),
-    }  # fmt: skip
+    cells, paths = [CELL, "-1.0", None], ["a/b_c+d/" * 9] * 99
+    frames = {
+        "glyphs": pd.DataFrame({"a_b & c%": glyphs}),
+        "wide": pd.DataFrame({"arm": [words] * 3} | {f"pass@{k}": cells for k in range(14)}),
+        "prose": pd.DataFrame({"item": [words], "answer": ["partly"], "evidence": [words * 5]}),
+        "long": pd.DataFrame({"run": paths, "hash": "0123456789abcdef" * 8}),
+    }
+    caption, note = r"50 % of x^2 # {~} \ <b> 'λ'", "--set 'a=[1]' ``x'' " * 9
+    return {name: Sheet(frame, caption, note) for name, frame in frames.items()}
 
 
 def test_wide_tables_wrap_or_turn_and_long_ones_break():
@@ -92,5 +100,7 @@ def test_pdflatex_compiles_the_document_alone_and_nothing_is_too_wide(tmp_path):
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=120, check=False)
         log = (tmp_path / "tables.log").read_text(encoding="latin-1")
         assert done.returncode == 0, log[-2000:]
-    faults = [line for line in log.splitlines() if re.search("Overfull|Missing character|multiply|Float too large", line)]
+    faults = [
+        line for line in log.splitlines() if re.search("Overfull|Missing character|multiply|Float too large", line)
+    ]
     assert not faults and (tmp_path / "tables.pdf").stat().st_size > 10_000

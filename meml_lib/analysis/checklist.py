@@ -1,7 +1,7 @@
 """Reproducibility checklists, answered from what a study recorded: no answer stands here, each is worked out.
 
-The ML Code Completeness Checklist (Papers with Code, 2020), and the NeurIPS paper checklist's questions (2024) that bear
-on reproducibility: their titles, our words.
+The ML Code Completeness Checklist (Papers with Code, 2020), and the questions of the NeurIPS paper checklist (2024)
+that bear on reproducibility: their titles, our words.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LICENCES = {  # of what the kit reads and does not hold; "on request": not open 
 def rows(data: Mapping[str, Any]) -> list[dict[str, str]]:
     """checklist, item, answer, evidence; `data` is a report's (report.json).
 
-    Answers: yes; no; partly, where it holds for some stages, arms or assets, or for what is kept but not published; n.a.
+    Answers: yes; no; n.a.; partly: of some stages, arms or assets only, or of what is kept but not published.
     """
     stages, arms, pairs, values = data["stages"], data["arms"], data["pairs"], data["values"]
     done = [stage for stage in stages if stage["state"] == "done"]
@@ -31,57 +31,57 @@ def rows(data: Mapping[str, Any]) -> list[dict[str, str]]:
     kept = [stage for stage in done if stage["model_kept"]]
     timed = [stage for stage in done if stage["wall_s"] and stage["machine"] is not None]
     used = [data["machines"][place] for place in sorted({stage["machine"] for stage in timed})]
-    versions = _different(f"Python {m['python']}, {_list(f'{k} {v}' for k, v in m['packages'].items() if v)}" for m in used)
+    installed = [{"Python": machine["python"], **machine["packages"]} for machine in used]
+    versions = _different(_list(f"{name} {version}" for name, version in of.items() if version) for of in installed)
     commits = _list(_different(f"{str(s['commit'])[:10]}{' with changes' * (s not in clean)}" for s in done))
     code = f"commit {commits or 'none'}: {_of(clean, stages)} trained on committed code"
-    command = f"`{data['command']}`"
 
     tested = [score for score in data["scores"] if score["measure"] == "mean_expert" and score["mean"] is not None]
     measured = {(score["arm"], score["stage"]) for score in tested}
     last = [(a["stage1"], "stage 1") if a["last_stage"] == "mef" else (a["arm"], "stage 2") for a in arms]
     with_results = [arm for arm, stage in last if (arm, stage) in measured]
-    questions = _list(_different(f"{score['n_questions']:g}" for score in tested))
-    results = f"{len(with_results)} of {len(arms)} arms have greedy accuracies on {questions or 0} test questions"
+    questions = _list(_different(f"{score['n_questions']:g}" for score in tested)) or "no"
+    results = f"{len(with_results)} of {len(arms)} arms have greedy accuracies on {questions} test questions"
     fewest = min((score["n_seeds"] for score in tested), default=0)
     compared = [pair for pair in pairs if pair["mean"] is not None]
-    bars = f"at least {fewest} of {len(data['seeds'])} seeds a result; 95 % intervals over "
-    bars += "seeds and questions" if fewest > 1 else "questions alone: another seed may differ by more"
-    bars += f"; {len(compared)} of {len(pairs)} comparisons named beforehand are made: paired, Holm's correction over all"
     complete = fewest == len(data["seeds"]) and len(compared) == len(pairs)
-    significant = "no" if fewest < 2 else "yes" if complete else "partly"
+    over = "seeds and questions" if fewest > 1 else "questions alone: another seed may differ by more"
+    bars = f"at least {fewest} of {len(data['seeds'])} seeds a result; 95 % intervals over {over}"
+    bars += f"; {len(compared)} of {len(pairs)} comparisons named beforehand are made, paired, with Holm's correction"
 
     hours, memory = sum(s["wall_s"] for s in timed) / 3600, max((s["peak_memory_mib"] or 0 for s in timed), default=0)
-    machines = " and ".join(_different(_machine(machine["hardware"]) for machine in used))
-    compute = f"{hours:.2f} h wall time for {_of(timed, stages)}, without repeats; at most {memory} MiB of memory; {machines or 'not run'}"
-    settings = [f"stage {i}: {values[s]['optimizer']}, lr {values[s]['lr']:g}" for i, s in enumerate(("mef", "riel"), 1)]
-    validation = f"{values['evaluate']['validation_questions']} validation questions for every choice"
-    setting = f"{'; '.join(settings)}; {validation}; all values in the values.json of {_of(done, stages)}"
+    compute = f"{hours:.2f} h wall time for {_of(timed, stages)}, without repeats; at most {memory} MiB of memory"
+    compute = "; on ".join([compute, *_different(_machine(machine["hardware"]) for machine in used)])
+    setting = [f"stage {i}: {values[s]['optimizer']}, lr {values[s]['lr']:g}" for i, s in enumerate(("mef", "riel"), 1)]
+    setting += [f"{values['evaluate']['validation_questions']} validation questions for every choice"]
+    setting += [f"all values in the values.json of {_of(done, stages)}"]
 
     assets = _assets(values)
     opened = [asset for asset in assets if asset["open"]]
     existing = [asset for asset in assets if asset["licence"]]
     licensed = [asset for asset in existing if asset["licence"] != "unknown"]
     inputs = {name: sha for stage in done for name, sha in stage["inputs"].items() if not name.startswith("stage1/")}
-    hashes = [f"{name} sha256 {sha[:12]}" for name, sha in sorted(inputs.items())] or ["no input files"]
-    named = "; ".join([*(f"{a['name']}: {'open' if a['open'] else 'not known to be open'}" for a in assets), *hashes, code])
-    licences = _list(f"{asset['name']}: {asset['licence']}" for asset in existing)
-    notes = " ".join(data["notes"].split())
+    named = [f"{asset['name']}: {'open' if asset['open'] else 'not known to be open'}" for asset in assets]
+    named += [f"{name} sha256 {sha[:12]}" for name, sha in sorted(inputs.items())] or ["no input files"]
+    licences = _list(f"{asset['name']}: {asset['licence']}" for asset in existing) or "nothing existing is used"
+    notes, command = " ".join(data["notes"].split()), f"`{data['command']}`"
 
     trained, evaluated = _share(len(clean), len(stages)), _share(len(with_results), len(arms))
     specified = _share(len(timed), len(stages)) if len(versions) < 2 else "partly"
+    significant = "no" if fewest < 2 else "yes" if complete else "partly"
     found = [
         (CODE, "Specification of dependencies", specified, " / ".join(versions) or "no stage is done"),
         (CODE, "Training code", trained, code),
         (CODE, "Evaluation code", evaluated, results),
-        (CODE, "Pre-trained models", "partly" if kept else "no", f"{_of(kept, stages)} kept their weights, none published"),
+        (CODE, "Pre-trained models", "partly" if kept else "no", f"{_of(kept, stages)} kept weights, none published"),
         (CODE, "README with results and commands", evaluated, f"this report, by {command}; {results}"),
         (PAPER, "Limitations", "yes" if notes else "no", notes or "the study file has no notes"),
         (PAPER, "Experimental result reproducibility", trained, f"{command}; {code}"),
-        (PAPER, "Open access to data and code", _share(len(opened), len(assets)), named),
-        (PAPER, "Experimental setting/details", _share(len(done), len(stages)), setting),
+        (PAPER, "Open access to data and code", _share(len(opened), len(assets)), "; ".join([*named, code])),
+        (PAPER, "Experimental setting/details", _share(len(done), len(stages)), "; ".join(setting)),
         (PAPER, "Experiment statistical significance", significant, bars),
         (PAPER, "Experiments compute resources", _share(len(timed), len(stages)), compute),
-        (PAPER, "Licenses for existing assets", _share(len(licensed), len(existing)), licences or "nothing existing is used"),
+        (PAPER, "Licenses for existing assets", _share(len(licensed), len(existing)), licences),
     ]
     return [dict(zip(("checklist", "item", "answer", "evidence"), row, strict=True)) for row in found]
 

@@ -273,7 +273,7 @@ def rewards(
     Args: runs: arm -> the metrics of each of its seeds. The line is the mean over seeds, the band their range.
     """
     style, tables = looks(list(runs), order), []
-    note = note or "training rollouts; running means of 5 % of the steps; line: mean over seeds; band: lowest to highest"
+    note = note or "training rollouts; running means of 5 % of the steps; line: mean of the seeds; band: their range"
     with _figure(9.6, 3.9, note) as figure:
         panels = {"reward": ("Training reward", 1), "groups_all_wrong": ("Groups that are all wrong", 100)}
         for axes, (column, (heading, scale)) in zip(figure.subplots(1, 2), panels.items(), strict=True):

@@ -18,11 +18,12 @@ _FIGURE, _SIGN = "\u2007", "\u2008"  # room for a digit, for a sign
 _SOURCE = {c: f"\\{c}" for c in "&%$#_{}"} | {_FIGURE: r"\phantom{0}", _SIGN: r"\phantom{$-$}"}
 _TEXT = "backslash asciitilde asciicircum less greater bar quotedbl quotesingle asciigrave rightarrow leftarrow bullet"
 _SOURCE |= {c: f"\\text{name}{{}}" for c, name in zip("\\~^<>|\"'`→←•", _TEXT.split(), strict=True)}
-_MATHS = "- le ge ne approx infty surd times alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho"
-_MATHS = _MATHS.split() + "varsigma sigma tau upsilon phi chi psi omega".split()
-_SOURCE |= {c: f"$\\{name}$" for c, name in zip("−≤≥≠≈∞✓✗αβγδεζηθικλμνξπρςστυφχψω", _MATHS, strict=True)} | {"−": "$-$"}
+_MATHS = "le ge ne approx infty surd times alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi"
+_MATHS = [*_MATHS.split(), *"rho varsigma sigma tau upsilon phi chi psi omega".split()]
+_SOURCE |= {c: f"$\\{name}$" for c, name in zip("≤≥≠≈∞✓✗αβγδεζηθικλμνξπρςστυφχψω", _MATHS, strict=True)} | {"−": "$-$"}
 _AS_THEY_STAND = "–—‘’“”…\N{NO-BREAK SPACE}"  # beside the letters and signs of Latin alphabets
-_EMS = {c: em for cs, em in (("ijl.,:;'|!()[]/ \xa0", 0.3), ("frst-", 0.4), (_FIGURE, 0.53), ("mwMW%&@→—", 0.95)) for c in cs}
+_EMS = dict.fromkeys("ijl.,:;'|!()[]/ \xa0", 0.3) | dict.fromkeys("frst-", 0.4) | dict.fromkeys("mwMW%&@→—", 0.95)
+_EMS[_FIGURE] = 0.53
 # A line may break here, besides at a space: after these signs, and anywhere in a word that is very long.
 _BREAK = re.compile(r"(?<=[/+_=\]])(?=[\w[])|(?<=\w{20})(?=\w{4})")
 _HEAD = r"""\documentclass[a4paper]{article}
@@ -64,7 +65,7 @@ _PAGES = (
 
 
 def write(folder: Path, sheets: Mapping[str, Sheet], title: str) -> Path:
-    """Write NAME.tex for each table, and tables.tex, which `pdflatex tables.tex`, run twice in that folder, compiles; its path."""
+    """Write NAME.tex for each table, and tables.tex, for `pdflatex tables.tex`, twice, in that folder; its path."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [f"{_HEAD}\\section*{{{escape(title)}}}", r"\listoftables"]
     for name, sheet in sheets.items():
@@ -97,7 +98,8 @@ def table(name: str, sheet: Sheet) -> tuple[str, bool]:
     around = "center" if long else "table"
     needs = f"% Needs array, booktabs{', longtable' if long else ''}{'; a landscape page' if page.landscape else ''}."
     start = rf"\begin{{{around}}}{'' if long else '[!htbp]'}\centering\{page.size}\setlength{{\tabcolsep}}{{0.5em}}"
-    note = rf"\par\smallskip\parbox{{{max(32, sum(widths) + len(widths) - 1):.1f}em}}{{\raggedright {escape(sheet.note)}}}"
+    width = max(32, sum(widths) + len(widths) - 1)
+    note = rf"\par\smallskip\parbox{{{width:.1f}em}}{{\raggedright {escape(sheet.note)}}}"
     return "\n".join([needs, start, *body, *[note] * bool(sheet.note), rf"\end{{{around}}}", ""]), page.landscape
 
 
@@ -129,10 +131,10 @@ def _breakable(cell: str) -> str:
 def _aligned(values: Iterable[Any]) -> list[str]:
     """Cells as text; before the numbers that they begin with there is room, so that these stand in line."""
     cells = ["—" if pd.isna(value) else _plain(str(value)) for value in values]
-    begins = [re.match(r"([+−]?)(\d*)", cell).groups() for cell in cells]
-    signed, widest = any(sign for sign, digits in begins if digits), max(len(digits) for _, digits in begins)
-    room = [_SIGN * (signed and not sign) + _FIGURE * (widest - len(digits)) if digits else "" for sign, digits in begins]
-    return [pad + cell for pad, cell in zip(room, cells, strict=True)]
+    begins = [re.match(r"([+−]?)(\d+)", cell) for cell in cells]
+    signed, widest = any(b[1] for b in begins if b), max((len(b[2]) for b in begins if b), default=0)
+    pads = [_SIGN * (signed and not b[1]) + _FIGURE * (widest - len(b[2])) if b else "" for b in begins]
+    return [pad + cell for pad, cell in zip(pads, cells, strict=True)]
 
 
 def _wrapped(columns: Sequence[Sequence[str]], cap: float) -> list[float]:
