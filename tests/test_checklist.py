@@ -60,6 +60,7 @@ def test_a_complete_study_on_generated_data_says_so_with_its_own_numbers(data):
         and "`meml run x.yaml`" in found["README with results and commands"][1]
     )
     assert "3 of 3 seeds" in found["Experiment statistical significance"][1]
+    assert found["Limitations"][1].startswith("1 words in the study file")
     assert "no input files" in found["Open access to data and code"][1]  # stage 1's weights are none
 
 

@@ -64,7 +64,7 @@ def rows(data: Mapping[str, Any]) -> list[dict[str, str]]:
     named = [f"{asset['name']}: {'open' if asset['open'] else 'not known to be open'}" for asset in assets]
     named += [f"{name} sha256 {sha[:12]}" for name, sha in sorted(inputs.items())] or ["no input files"]
     licences = _list(f"{asset['name']}: {asset['licence']}" for asset in existing) or "nothing existing is used"
-    notes, command = " ".join(data["notes"].split()), f"`{data['command']}`"
+    notes, command = data["notes"].split(), f"`{data['command']}`"
 
     trained, evaluated = _share(len(clean), len(stages)), _share(len(with_results), len(arms))
     specified = _share(len(timed), len(stages)) if len(versions) < 2 else "partly"
@@ -75,7 +75,7 @@ def rows(data: Mapping[str, Any]) -> list[dict[str, str]]:
         (CODE, "Evaluation code", evaluated, results),
         (CODE, "Pre-trained models", "partly" if kept else "no", f"{_of(kept, stages)} kept weights, none published"),
         (CODE, "README with results and commands", evaluated, f"this report, by {command}; {results}"),
-        (PAPER, "Limitations", "yes" if notes else "no", notes or "the study file has no notes"),
+        (PAPER, "Limitations", "yes" if notes else "no", f"{len(notes)} words in the study file on its limits"),
         (PAPER, "Experimental result reproducibility", trained, f"{command}; {code}"),
         (PAPER, "Open access to data and code", _share(len(opened), len(assets)), "; ".join([*named, code])),
         (PAPER, "Experimental setting/details", _share(len(done), len(stages)), "; ".join(setting)),

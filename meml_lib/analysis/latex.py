@@ -22,7 +22,7 @@ _MATHS = "le ge ne approx infty surd times alpha beta gamma delta epsilon zeta e
 _MATHS = [*_MATHS.split(), *"rho varsigma sigma tau upsilon phi chi psi omega".split()]
 _SOURCE |= {c: f"$\\{name}$" for c, name in zip("≤≥≠≈∞✓✗αβγδεζηθικλμνξπρςστυφχψω", _MATHS, strict=True)} | {"−": "$-$"}
 _AS_THEY_STAND = "–—‘’“”…\N{NO-BREAK SPACE}"  # beside the letters and signs of Latin alphabets
-_EMS = dict.fromkeys("ijl.,:;'|!()[]/ \xa0", 0.3) | dict.fromkeys("frst-", 0.4) | dict.fromkeys("mwMW%&@→—", 0.95)
+_EMS = dict.fromkeys("ijl.,:;'|!()[]/ \xa0", 0.3) | dict.fromkeys("frst-", 0.4) | dict.fromkeys("mwMW%&@→—", 1.1)
 _EMS[_FIGURE] = 0.53
 # A line may break here, besides at a space: after these signs, and anywhere in a word that is very long.
 _BREAK = re.compile(r"(?<=[/+_=\]])(?=[\w[])|(?<=\w{20})(?=\w{4})")
@@ -57,10 +57,10 @@ class _Page(NamedTuple):
 
 
 _PAGES = (
-    _Page(False, "footnotesize", 60, 56, 16),
-    _Page(True, "footnotesize", 88, 34, 12),
-    _Page(True, "scriptsize", 94, 36, 8),
-    _Page(True, "tiny", 110, 44, 0),
+    _Page(False, "footnotesize", 60, 72, 16),
+    _Page(True, "footnotesize", 88, 48, 12),
+    _Page(True, "scriptsize", 94, 57, 8),
+    _Page(True, "tiny", 110, 76, 0),
 )
 
 
@@ -86,8 +86,10 @@ def table(name: str, sheet: Sheet) -> tuple[str, bool]:
     widths = [width - 1 for width in _wrapped(columns, cap)]
     spec = "@{}" + "".join(rf">{{\raggedright\arraybackslash}}p{{{width:.1f}em}}" for width in widths) + "@{}"
     head, *rows = (" & ".join(map(_breakable, cells)) + r" \\" for cells in zip(*columns, strict=True))
+    across = max(32, sum(widths) + len(widths) - 1)
     lines_of = (max(_em(c) / width for c, width in zip(row, widths, strict=True)) for row in zip(*columns, strict=True))
-    long = sum(map(math.ceil, lines_of)) > page.down
+    lines = sum(math.ceil(count) + 0.4 for count in lines_of) + 1.2 * _em(sheet.note + sheet.caption) / across
+    long = lines + 4 > page.down
     caption = rf"\caption{{{escape(sheet.caption)}}}\label{{tab:{name}}}"
     begin, end = [r"\toprule", head, r"\midrule"], ["\n\\addlinespace[0.3em]\n".join(rows), r"\bottomrule"]
     if long:
@@ -98,8 +100,7 @@ def table(name: str, sheet: Sheet) -> tuple[str, bool]:
     around = "center" if long else "table"
     needs = f"% Needs array, booktabs{', longtable' if long else ''}{'; a landscape page' if page.landscape else ''}."
     start = rf"\begin{{{around}}}{'' if long else '[!htbp]'}\centering\{page.size}\setlength{{\tabcolsep}}{{0.5em}}"
-    width = max(32, sum(widths) + len(widths) - 1)
-    note = rf"\par\smallskip\parbox{{{width:.1f}em}}{{\raggedright {escape(sheet.note)}}}"
+    note = rf"\par\smallskip\parbox{{{across:.1f}em}}{{\raggedright {escape(sheet.note)}}}"
     return "\n".join([needs, start, *body, *[note] * bool(sheet.note), rf"\end{{{around}}}", ""]), page.landscape
 
 
@@ -138,10 +139,10 @@ def _aligned(values: Iterable[Any]) -> list[str]:
 
 
 def _wrapped(columns: Sequence[Sequence[str]], cap: float) -> list[float]:
-    """Width of each column in em, its gap included: that of its widest cell, at most `cap` unless a word is wider."""
+    """Width of each column in em, its gap (1) included: its widest cell's, at most `cap` unless a word is wider."""
     words = [[word for cell in column for word in re.split(f" |(?<=-)|{_BREAK.pattern}", cell)] for column in columns]
-    longest = [1 + max(map(_em, of_column)) for of_column in words]
-    natural = [1 + max(map(_em, column[1:])) for column in columns]
+    longest = [1.3 + max(map(_em, of_column)) for of_column in words]
+    natural = [1.3 + max(map(_em, column[1:])) for column in columns]
     return [max(word, min(whole, cap)) for word, whole in zip(longest, natural, strict=True)]
 
 
