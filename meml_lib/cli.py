@@ -160,7 +160,7 @@ def _todo(found: dict, free_gib: float) -> Iterator[str]:
     if missing:
         yield f"{', '.join(missing)} would come from the hub, unless MEML_DATA_DIR is a folder with their files"
     if not found["gpus"]:
-        yield "no GPU: demo and smollm2 presets run on the CPU; paper-size presets do not"
+        yield "no GPU: demo and smollm2-gsm8k-short run on the CPU; for the others see meml check FILE --dry-run"
     if free_gib < 10:
         yield f"{free_gib:.1f} GiB of free disk: a run of a 1.5B model keeps about 6 GB a stage"
     if found["memory_gib"] < 4:

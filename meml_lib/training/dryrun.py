@@ -263,7 +263,8 @@ def evidence(study: config.Study) -> str:
         if (folder / "report.json").is_file():
             return config.label_of(folder)
     log, file = config.root() / "reports" / "log.md", config.locate(study.params_file)
-    if log.is_file() and f"meml run {study.params_file}`" in log.read_text(encoding="utf-8"):
+    logged = log.read_text(encoding="utf-8") if log.is_file() else ""
+    if any(f"meml run {study.params_file}{end}" in logged for end in "` "):
         return config.label_of(log)
     says_so = file.is_file() and NEVER_RUN in file.read_text(encoding="utf-8")
     return f"none. {NEVER_RUN}" if says_so else "none here"
