@@ -219,6 +219,6 @@ def test_it_has_run_only_where_a_report_or_a_logged_command_shows_it(monkeypatch
     assert dryrun.evidence(smoke) == "none here" and dryrun.evidence(never) == "none. Never run by us."
     (tmp_path / "reports" / "published" / "smoke-run" / "report.json").write_text("{}")
     assert dryrun.evidence(smoke) == "reports/published/smoke-run"
-    for command in ("`meml run params/never.yaml` on a fresh clone", "`MEML_DATA_DIR=x meml run params/never.yaml --jobs 1`"):
+    for command in ("`meml run params/never.yaml` on a fresh clone", "`X=x meml run params/never.yaml --jobs 1`"):
         log.write_text(command)
         assert dryrun.evidence(never) == "reports/log.md"

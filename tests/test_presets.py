@@ -114,7 +114,9 @@ def test_never_run_by_us_stands_where_nothing_shows_a_run_and_nowhere_else(monke
 
 def test_what_travels_to_a_gpu_machine_is_pinned_and_small_enough_for_a_call():
     script = (ROOT / ".ci" / "gpu").read_text()
-    travels = re.search(r'^missing="(.*?)"', script, re.S | re.M).group(1).split() + re.findall(r"^from_source=(\S+)", script, re.M)
-    pins = (line.partition("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines())
-    assert len(travels) > 60 and set(travels) <= set(pins)
+    travels = re.search(r'^missing="(.*?)"', script, re.S | re.M).group(1).split()
+    travels += re.findall(r"^from_source=(\S+)", script, re.M)
+    lines = (ROOT / "constraints.txt").read_text().lower().replace("_", "-").splitlines()
+    pins = {line.partition("==")[0] for line in lines}
+    assert len(travels) > 60 and set(travels) <= pins
     assert int(re.search(r"split -b (\d+)m - .gpu/part-", script).group(1)) <= 56  # of 64 MiB a call; the tree takes 4
