@@ -56,6 +56,11 @@ def test_numbers_stand_in_line_whatever_their_sign_and_length():
     ]  # fmt: skip
 
 
+def test_prose_that_begins_with_numbers_is_left_alone():
+    text, _ = latex.table("x", Sheet(pd.DataFrame({"evidence": ["8 of 28 arms", "10 arms", "commit 45d0"]}), "x"))
+    assert "phantom" not in text
+
+
 def test_a_missing_value_is_a_dash_and_an_empty_table_says_so():
     text, _ = latex.table("x", Sheet(pd.DataFrame({"a": [None, float("nan"), 1.5], "b": "y"}), "x"))
     assert text.count("— & y") == 2

@@ -130,9 +130,11 @@ def _breakable(cell: str) -> str:
 
 
 def _aligned(values: Iterable[Any]) -> list[str]:
-    """Cells as text; before the numbers that they begin with there is room, so that these stand in line."""
+    """Cells as text; in a column of numbers with room before these, so that they stand in line."""
     cells = ["—" if pd.isna(value) else _plain(str(value)) for value in values]
     begins = [re.match(r"([+−]?)(\d+)", cell) for cell in cells]
+    if any(not begin and re.search(r"\d", cell) for begin, cell in zip(begins, cells, strict=True)):
+        return cells  # prose
     signed, widest = any(b[1] for b in begins if b), max((len(b[2]) for b in begins if b), default=0)
     pads = [_SIGN * (signed and not b[1]) + _FIGURE * (widest - len(b[2])) if b else "" for b in begins]
     return [pad + cell for pad, cell in zip(pads, cells, strict=True)]
