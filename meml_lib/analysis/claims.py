@@ -30,8 +30,9 @@ def values() -> dict[str, Any]:
 
 
 def _written_out(row: dict[str, Any]) -> Iterable[dict[str, Any]]:
+    pattern = json.dumps({key: row.get(key) for key in ("row", "measure", "recipe")})
     for place, cells in row.get("experts", {None: row.get("cells", {"any": {"any": None}})}).items():
-        named = json.loads(json.dumps({key: row.get(key) for key in ("row", "measure", "recipe")}).replace("{i}", str(place)))
+        named = json.loads(pattern.replace("{i}", str(place)))
         models = {model: numbers for model, numbers in cells.items() if model != "sure"}
         yield {"in_paper": True, **row, **named, "sure": cells.get("sure", row.get("sure", "")), "cells": models}
 
@@ -42,9 +43,9 @@ def _written_out(row: dict[str, Any]) -> Iterable[dict[str, Any]]:
 def recipe(arm: ArmResult) -> dict[str, Any]:
     """What paper.yaml knows a method by.
 
-    experts: how many. only_expert: the position, in the study's full panel, of an arm's one expert. whole_panel: several
-    experts, none left out. budget: "paper" at the study's own G; "matched" where one expert draws as many rollouts as the
-    full panel would; else "other". buffer, mutual, advantage, scale: of eq. 10, where there is a stage 2.
+    experts: how many. only_expert: the position, in the study's full panel, of an arm's one expert. whole_panel:
+    several experts, none left out. budget: "paper" at the study's own G; "matched" where one expert draws as many rollouts as
+    the full panel would; else "other". buffer, mutual, advantage, scale: of eq. 10, where there is a stage 2.
     """
     objective, group, positions = arm.run.riel.objective, arm.run.riel.rollouts_per_expert, arm.positions
     one, everyone = len(positions) == 1, len(arm.full_panel)
@@ -73,8 +74,8 @@ def kind(arm: ArmResult) -> str:
 
 def tables_of(arm: ArmResult) -> list[str]:
     """The paper's tables of accuracies (2, 4, 5) that an arm has a row in, by what it measures after its last stage."""
-    names = ("table-2", "table-4", "table-5")
-    return [n for n in names if any(_stage(row) == arm.last and _fits(row, arm) for row in values()["tables"][n]["rows"])]
+    rows_of = {name: values()["tables"][name]["rows"] for name in ("table-2", "table-4", "table-5")}
+    return [name for name, own in rows_of.items() if any(_stage(row) == arm.last and _fits(row, arm) for row in own)]
 
 
 def _stage(row: Mapping[str, Any]) -> str:
@@ -107,7 +108,7 @@ def rows(table: str, arms: Sequence[ArmResult], teachers: Sequence[Mapping] = ()
     found = []
     for row in tables[table]["rows"]:
         fitting = [arm for arm in arms if _fits(row, arm)] if _baselines(row, arms) else []
-        if _stage(row) == "stage 1":  # arms that share stage 1 have one answer to this; one that ends there speaks first
+        if _stage(row) == "stage 1":  # arms that share it have one answer to this; one that ends there speaks first
             fitting.sort(key=lambda arm: arm.last)
             keys = [json.dumps(arm.run.reads("mef")) for arm in fitting]
             fitting = [arm for place, arm in enumerate(fitting) if keys.index(keys[place]) == place]
@@ -126,7 +127,7 @@ def rows(table: str, arms: Sequence[ArmResult], teachers: Sequence[Mapping] = ()
 
 
 def readable(found: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """paper | ours | interval | n, seeds | delta | smallest detectable | verdict, as texts; both models' cells in one row."""
+    """paper | ours | interval | n, seeds | delta | detectable | verdict, as texts; both models' cells in one row."""
     shown = []
     for _, group in groupby(found, lambda r: (r["table"], r["row"], r["arm"], r["verdict"])):
         cells = list(group)
@@ -141,7 +142,8 @@ def readable(found: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         mine = {"our arm": first["arm"] or "none of this kind", "ours": first["see"] or mean}
         counts = {"n": ours["n_questions"], "seeds": ours["n_seeds"] or "—"} if ours else {"n": "—", "seeds": "—"}
         judged = {"delta": text(delta), "smallest detectable": f"{100 * _detectable(ours):.1f}" if ours else "—"}
-        shown.append({**head, **mine, "95 % interval": interval or "—", **counts, **judged, "verdict": first["verdict"]})
+        mine |= {"95 % interval": interval or "—", **counts}
+        shown.append({**head, **mine, **judged, "verdict": first["verdict"]})
     return shown
 
 
@@ -165,15 +167,15 @@ def _ours(
     row: Mapping[str, Any], arm: ArmResult, arms: Sequence[ArmResult], teachers: Sequence[Mapping]
 ) -> tuple[str, Interval | None]:
     """(who, what we measured)."""
-    kind_, _, name = (row["measure"] or "").rpartition("/")
-    if kind_ == "gain":
+    kind, _, name = (row["measure"] or "").rpartition("/")
+    if kind == "gain":
         able = [other for other in _baselines(row, arms) if other.last in other.validation]
         if not able:
             return arm.label, None
         best = max(able, key=lambda other: other.validation[other.last])
         gain = paired(arm, best, "best_validation", relative=name == "relative")
         return f"{arm.label} against {best.label}", gain
-    if kind_ == "teachers":
+    if kind == "teachers":
         own = next((t for t in teachers if t["experts"] == arm.panel), None)
         weakest = own and max(own["corrected"], key=lambda of_one: of_one["errors"])
         counts = {"overlap_iou": ("all_wrong", "any_wrong"), "corrected_by_others": ("corrected", "errors")}[name]
@@ -205,27 +207,26 @@ def _reasons(row: Mapping[str, Any], value: Any, arm: ArmResult, model: str, tas
     """Why a row of the paper and ours cannot be compared."""
     if not row["in_paper"]:
         return ["not in the paper"]
-    run, paper = arm.run, values()
-    kinds = [run.experts.known[name].teacher for name in arm.panel]
-    own = [getattr(kind_, "style", None) or getattr(kind_, "column_value", None) or kind_.model for kind_ in kinds]
+    run, paper, group = arm.run, values(), arm.run.riel.rollouts_per_expert
     theirs = [dict(enumerate(paper["teachers"])).get(place) for place in arm.positions]
     known_task, known_model = run.task.name in paper["test_sizes"], model in ("any", _model(run)) and _model(run)
+    trained = not (row["measure"] or "").startswith("teachers/")
     reasons = {
         f"other task: {run.task.name}": not known_task or task not in ("any", "average", run.task.name),
         "the paper's is an average over three data sets": known_task and task == "average",
-        f"other model: {_setting(run, 'model')}": not known_model and not (row["measure"] or "").startswith("teachers/"),
-        "other teachers": own != theirs,
-        f"G = {run.riel.rollouts_per_expert}": _stage(row) == "stage 2" and run.riel.rollouts_per_expert != paper["group"],
-        "the paper's value is unknown": value is None,
+        f"other model: {_setting(run, 'model')}": trained and not known_model,
+        "other teachers": [_teacher(run.experts.known[name].teacher) for name in arm.panel] != theirs,
+        f"G = {group}": _stage(row) == "stage 2" and group != paper["group"],
     }
-    return [reason for reason, holds in reasons.items() if holds]
+    found = [reason for reason, holds in reasons.items() if holds]
+    return found or ["the paper's value is unknown"] * (value is None)
 
 
 def difference(ours: Interval, theirs: float, n: int | None) -> Interval:
-    """ours - theirs, with an interval that also holds the sampling error of theirs on n questions (None: unknown, left out).
+    """ours - theirs, with an interval that also holds the sampling error of theirs on n questions (None: not known).
 
-    The two intervals' arms are joined by the squares (Newcombe, Statistics in Medicine 17, 1998, method 10). `detectable`
-    is ours alone.
+    The two intervals' half-widths are joined by their squares (Newcombe, Statistics in Medicine 17, 1998, method 10).
+    `detectable` is ours alone.
 
     >>> delta = difference(Interval(0.70, 0.66, 0.74, 300, 3), 0.75, 1319); round(delta.low, 3), round(delta.high, 3)
     (-0.096, -0.003)
@@ -238,7 +239,7 @@ def difference(ours: Interval, theirs: float, n: int | None) -> Interval:
 
 
 def _detectable(ours: Interval | Mapping[str, Any]) -> float:
-    """Smallest true difference from a fixed number that the design finds with 80 % power; from Wilson's interval: 2.8 / 3.92 of it."""
+    """Smallest true difference from a fixed number found with 80 % power; of Wilson's interval it is 2.8 / 3.92."""
     numbers = ours if isinstance(ours, Mapping) else asdict(ours)
     return numbers["detectable"] or (numbers["high"] - numbers["low"]) * 2.8 / 3.92
 

@@ -1,4 +1,4 @@
-"""A run's tables as measures: values for each seed and question, so that each has an interval and arms can be paired."""
+"""A run's tables as measures: values for each seed and question, so that each has an interval and arms make pairs."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def _phi_values(right_QE: np.ndarray) -> np.ndarray:
 
 
 def paired(one: ArmResult, other: ArmResult, measure: str, *, relative: bool = False) -> stats.Interval | None:
-    """one - other, each after its last stage, on the same questions and seeds; None where they share no seed or measure.
+    """one - other, each after its last stage, on the same questions and seeds; None where they share none of them.
 
     Args: relative: one / other - 1 instead, linearised (delta method).
     Raises: ValueError if they were tested on different questions.

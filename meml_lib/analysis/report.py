@@ -11,7 +11,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -21,10 +21,13 @@ import numpy as np
 import pandas as pd
 
 from meml_lib import config, runs
-from meml_lib.analysis import checklist, claims, figures, latex, measures, overlap, signs, stats
+from meml_lib.analysis import claims, figures, latex, measures, overlap, readable, signs, stats
 from meml_lib.analysis.measures import STAGES, ArmResult
+from meml_lib.analysis.readable import tables
 from meml_lib.runs import RunFolder
 
+Papers = dict[str, tuple[str, pd.DataFrame]]  # table of the paper -> (its title, its rows)
+Pictures = dict[str, tuple[str, figures.Picture]]  # name -> (caption, picture)
 MOST_DRAWN = 7  # lines of one picture: as many as there are colours
 
 
@@ -50,7 +53,7 @@ def run_tables(p: config.Run) -> dict[str, pd.DataFrame]:
     facts = {"stage": STAGES["riel"], "name": arm.arm, "label": arm.label, "seed": p.seed, "state": "done"}
     facts |= {"training": _training(stage2.read_metrics()) if stage2.status["state"] == "done" else None}
     head = {"seeds": [p.seed], "arms": [_arm(arm, arm.arm, {})], "scores": arm.scores()}
-    return _measured_tables(_plain({**head, "stages": [facts]}))
+    return readable.measured(_plain({**head, "stages": [facts]}))
 
 
 def run_picture(p: config.Run) -> figures.Picture:
@@ -72,7 +75,7 @@ def gather(study: config.Study) -> dict[str, Any]:
     found = [measures.of_arm(study, name) for name in study.arms]
     results = sorted(found, key=lambda result: max(claims.tables_of(result), default="table-9"))
     order = [result.arm for result in results]
-    speaks = {arm: max(arms, key=lambda a: study.arms[a].last_stage == "mef") for arms in study.stage1_groups().values() for arm in arms}
+    speaks = {arm: _speaker(study, arms) for arms in study.stage1_groups().values() for arm in arms}
     fullest, base, here = _fullest(results), study.base_run(), runs.provenance()
     teachers = [_teachers(panel, folder.read_table("teacher_answers")) for panel, folder in _answered(study)]
     data = {
@@ -109,6 +112,11 @@ def gather(study: config.Study) -> dict[str, Any]:
     return _plain(data | {"machines": machines})
 
 
+def _speaker(study: config.Study, arms: Sequence[str]) -> str:
+    """The arm under which the scores of a shared stage 1 stand: one that ends there, if any does."""
+    return max(arms, key=lambda arm: study.arms[arm].last_stage == "mef")
+
+
 def _arm(result: ArmResult, stage1: str, differs: Mapping[str, Any]) -> dict[str, Any]:
     """stage1: the arm under which the scores of its stage 1 stand."""
     head = {"arm": result.arm, "label": result.label, "experts": result.panel, "stage1": stage1}
@@ -118,7 +126,8 @@ def _arm(result: ArmResult, stage1: str, differs: Mapping[str, Any]) -> dict[str
 
 def _pairs(study: config.Study, results: Mapping[str, ArmResult]) -> Iterator[dict[str, Any]]:
     """The differences that the study names. Holm's correction is over the comparisons of one table that have run."""
-    for table, comparisons in groupby(study.comparisons, lambda comparison: comparison.table):
+    ordered = sorted(study.comparisons, key=lambda c: (not c.table.startswith("table-"), c.table))  # the paper's first
+    for table, comparisons in groupby(ordered, lambda comparison: comparison.table):
         found = [(c, measures.paired(results[c.arm], results[c.against], c.measure)) for c in comparisons]
         corrected = stats.holm([difference and difference.p for _, difference in found])
         for (c, difference), p_holm in zip(found, corrected, strict=True):
@@ -153,7 +162,7 @@ def _stage(study: config.Study, name: str, arm: str, seed: int, stage: config.St
     manifest = folder.read_json("manifest") if done else {}
     keys = ("commit", "dirty", "python", "packages", "hardware", "wall_s", "peak_memory_mib", "inputs")
     made = {key: manifest.get(key) for key in keys} | {"model_kept": any(folder.path.glob("model/*.safetensors"))}
-    label = study.arms[arm].label if stage == "riel" else _stage1_label(run.experts.panel)
+    label = study.arms[arm].label if stage == "riel" else readable.stage1_label(run.experts.panel)
     head = {"name": name, "label": label, "seed": seed, "stage": STAGES[stage], "folder": str(path)}
     facts = {"state": "not run" if state == "absent" else state, "message": message, "training": None, "signs": []}
     if done and stage == "riel":
@@ -162,25 +171,17 @@ def _stage(study: config.Study, name: str, arm: str, seed: int, stage: config.St
     return {**head, **facts, **made}
 
 
-def _stage1_label(panel: Iterable[str]) -> str:
-    return f"Stage 1: {', '.join(panel)}"
-
-
-BUDGET = ("rollouts", "ground_truth_items", "update_tokens")
-
-
 def _training(metrics: pd.DataFrame) -> dict[str, Any]:
-    """Shares in the first and last tenth of the steps, steps in which each loss had rows to train on, what was spent."""
+    """Shares in the first and last tenth of the steps, steps in which each loss had rows to train on, budgets."""
     tenth = max(1, len(metrics) // 10)
     ends = {"start": metrics.head(tenth), "end": metrics.tail(tenth)}
-    shares = ("reward", "groups_all_wrong", "groups_all_right", "questions_all_wrong", "truncated", "unreadable")
     rows = [column for column in metrics if column.startswith("rows/")]
     return {
         "steps": len(metrics),
-        **{f"{name}_{end}": part[name].mean() for name in shares for end, part in ends.items()},
+        **{f"{name}_{end}": part[name].mean() for name in readable.SHARES for end, part in ends.items()},
         "steps_with_gradient": {column.removeprefix("rows/"): (metrics[column] > 0).sum() for column in rows},
         "buffer_flushes": metrics["buffer_flushes"].max(),
-        **{name: metrics[name].iloc[-1] if name in metrics else None for name in BUDGET},
+        **{name: metrics[name].iloc[-1] if name in metrics else None for name in readable.BUDGETS},
     }
 
 
@@ -194,10 +195,11 @@ def _stage1_folders(study: config.Study, table: str) -> Iterator[tuple[list[str]
 
 
 def _answered(study: config.Study) -> list[tuple[list[str], RunFolder]]:
-    """Each panel, and the folder of its first seed that has the teachers' answers; they are the same for every seed."""
-    found = {}
+    """Each panel of several, and the folder of its first seed with the teachers' answers: the same for every seed."""
+    found: dict[str, tuple[list[str], RunFolder]] = {}
     for panel, _, folder in _stage1_folders(study, "teacher_answers"):
-        found.setdefault(folder.path.parents[1].name, (panel, folder))
+        if len(panel) > 1:
+            found.setdefault(folder.path.parents[1].name, (panel, folder))
     return list(found.values())
 
 
@@ -227,7 +229,7 @@ def _fullest(results: Sequence[ArmResult]) -> ArmResult:
 
 
 def _example(results: Sequence[ArmResult], study: config.Study) -> dict[str, Any] | None:
-    """Every expert's answers to the first test question on which stage 1's experts disagree, by the fullest finished arm."""
+    """The fullest finished arm's answers to the first test question on which stage 1's experts disagree."""
     finished = [result for result in results if set(STAGES.values()) <= result.seeds.keys()]
     if not finished:
         return None
@@ -255,211 +257,6 @@ def _plain(value: Any) -> Any:
     return None if value is pd.NA or isinstance(value, float) and math.isnan(value) else value
 
 
-# --- tables for people ------------------------------------------------------------------------------------------------
-
-# name -> title, and what a reader has to know; the order is that of the report
-TITLES = {
-    "arms": "Accuracy of the arms",
-    "differences": "Differences decided beforehand",
-    "experts": "Each expert, before and after stage 2",
-    "samples": "Several samples: one of k right",
-    "training": "Training",
-    "budgets": "What each arm spent",
-    "signs": "Signs of trouble",
-    "prompts": "Prompts and teachers after stage 1",
-    "overlap": "Error overlap of the experts",
-    "teachers": "The teachers",
-    "difficulty": "By difficulty",
-    "settings": "Where this differs from the paper",
-    "paper": "Beside the paper",
-    "checklist": "Reproducibility checklists",
-    "runs": "Runs",
-}
-_AFTER = {"best_validation": "best on validation", "vote": "majority vote", "any_expert": "any expert"}
-_AFTER |= {"unreadable": "unreadable"}
-_OVERLAP = {"all_wrong": "wrong for all, %", "overlap_iou": "intersection / union, %", "mean_phi": "mean phi"}
-_READ = {"mean_expert": "mean expert", "best_validation": "best on validation", "vote": "majority vote"}
-_SHARES = {"reward": "reward", "groups_all_wrong": "groups all wrong", "groups_all_right": "groups all right"}
-_SHARES |= {"questions_all_wrong": "questions all wrong", "unreadable": "unreadable", "truncated": "truncated"}
-
-
-def tables(data: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
-    """The report's tables as they are read, in percent with 95 % intervals: name -> frame of texts."""
-    rows = {
-        "differences": [_pair_row(pair, data["panel"]) for pair in data["pairs"]],
-        "signs": _sign_rows(data),
-        "prompts": map(_prompt_row, data["prompts"]),
-        "teachers": [row for group in data["teachers"] for row in _teacher_rows(group)],
-        "settings": data["settings"]["rows"],
-        "paper": claims.readable(data["paper"]),
-        "checklist": checklist.rows(data),
-        "runs": _run_rows(data["stages"]),
-    }
-    found = _measured_tables(data) | {name: _frame(of_table) for name, of_table in rows.items()}
-    return {name: found[name] for name in TITLES}
-
-
-def _frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    frame = pd.DataFrame(list(rows), dtype=object)
-    return frame.where(frame.notna(), "—")
-
-
-def _scores_of(data: Mapping[str, Any], arm: Mapping[str, Any], stage: str) -> dict[str, Mapping[str, Any]]:
-    """Measure -> score of an arm after a stage; a stage 1 that is shared stands under the arm that speaks for it."""
-    owner = arm["stage1"] if stage == "stage 1" else arm["arm"]
-    return {score["measure"]: score for score in data["scores"] if (score["arm"], score["stage"]) == (owner, stage)}
-
-
-def _measured_tables(data: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
-    """The tables of what was measured on test and in training: of a study, or of one run."""
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in ("arms", "experts", "samples", "overlap", "difficulty")}
-    seeds = len(data["seeds"])
-    for arm in data["arms"]:
-        stages = {stage: _scores_of(data, arm, stage) for stage in ("stage 1", "stage 2")}
-        head, last = {"arm": arm["label"]}, stages[STAGES[arm["last_stage"]]]
-        means = [scores["mean_expert"] for scores in stages.values() if scores]
-        counts = {"n": means[-1]["n_questions"], "seeds": means[-1]["n_seeds"]} if means else {"n": "not run", "seeds": 0}
-        row = head | {"paper": ", ".join(name.removeprefix("table-") for name in arm["tables"]) or "—"} | counts
-        for stage, scores in stages.items():
-            there = "—" if stage > STAGES[arm["last_stage"]] else "not run"
-            row[f"mean expert, {stage}"] = _cell(scores["mean_expert"], seeds) if scores else there
-        found["arms"].append(row | {name: _cell(last.get(key), seeds) for key, name in _AFTER.items()})
-        for expert in arm["experts"]:
-            each = {stage: scores.get(f"expert/{expert}") for stage, scores in stages.items()}
-            cells = {stage: _cell(score, seeds) for stage, score in each.items()}
-            found["experts"] += [{**head, "expert": expert, **counts, **cells}] if means else []
-        passes = {key: _cell(score, seeds) for key, score in last.items() if key.startswith("pass@")}
-        found["samples"] += [{**head, **counts, **passes}] if passes else []
-        for stage, scores in stages.items():  # a shared stage 1 has a row of its own
-            if not scores or stage == "stage 1" and arm["stage1"] != arm["arm"]:
-                continue
-            name = arm["label"] if stage == "stage 2" else _stage1_label(arm["experts"])
-            mean = scores["mean_expert"]
-            head_ = {"arm": name, "stage": stage, "n": mean["n_questions"], "seeds": mean["n_seeds"]}
-            shared = {_OVERLAP[key]: _cell(scores.get(key), seeds, key) for key in _OVERLAP if key in scores}
-            for key, score in scores.items():
-                if key.startswith("corrected/"):
-                    shared[f"errors of {key.removeprefix('corrected/')} that another answers rightly, %"] = _cell(score, seeds)
-            found["overlap"] += [head_ | shared] if shared else []
-            levels = {k.removeprefix("difficulty/"): s for k, s in scores.items() if k.startswith("difficulty/")}
-            ns = ", ".join(f"{score['whole']:g}" for score in levels.values())
-            cells = {f"difficulty {level}": _cell(score, seeds) for level, score in levels.items()}
-            found["difficulty"].append(head_ | {"n": ns} | cells)
-    trained = [stage for stage in data["stages"] if stage["stage"] == "stage 2"]
-    by_arm = [(label, list(own)) for label, own in groupby(trained, lambda stage: stage["label"])]
-    found["training"] = [_training_row(label, own) for label, own in by_arm]
-    found["budgets"] = [_budget_row(label, own) for label, own in by_arm]
-    return {name: _frame(rows) for name, rows in found.items()}
-
-
-def _cell(score: Mapping[str, Any] | None, seeds: int, measure: str = "") -> str:
-    """mean [low, high]; with its seeds where some have not run."""
-    cell = stats.text(score, scale=1, digits=2) if measure == "mean_phi" else stats.text(score)
-    if score and len(score["per_seed"]) < seeds:
-        cell += f" ({len(score['per_seed'])}\N{NO-BREAK SPACE}of\N{NO-BREAK SPACE}{seeds} seeds)"
-    return cell
-
-
-def _pair_row(pair: Mapping[str, Any], panel: Sequence[str]) -> dict[str, Any]:
-    name, _, place = pair["measure"].partition("expert-")
-    measure = _READ.get(pair["measure"]) or f"expert {place} ({panel[int(place)]})"
-    head = {"table": pair["table"], "arm": pair["arm"], "against": pair["against"], "accuracy of": measure}
-    if pair["mean"] is None:
-        return {**head, "difference (points)": "not run"}
-    reading = "no difference shown" if pair["p_holm"] >= 0.05 else "higher" if pair["mean"] > 0 else "lower"
-    counts = {"n": pair["n_questions"], "seeds": pair["n_seeds"]}
-    seen = {"smallest detectable": f"{100 * pair['detectable']:.1f}", "p": _p(pair["p"]), "p, Holm": _p(pair["p_holm"])}
-    return {**head, "difference (points)": stats.text(pair), **counts, **seen, "reading": reading}
-
-
-def _p(p: float) -> str:
-    return f"{p:.3f}" if p >= 0.001 else "<\N{NO-BREAK SPACE}0.001"
-
-
-def _mean_of(stages: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    values = [stage["training"][key] for stage in stages]
-    return None if None in values else sum(values) / len(values)
-
-
-def _training_row(label: str, stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Means over the seeds that are done."""
-    done = [stage for stage in stages if stage["training"]]
-    if not done:
-        return {"arm": label, "seeds": 0, "steps": stages[0]["state"]}
-    row = {"arm": label, "seeds": len(done), "steps": f"{_mean_of(done, 'steps'):g}"}
-    for key, name in _SHARES.items():
-        row[f"{name}, %"] = " → ".join(f"{100 * _mean_of(done, f'{key}_{end}'):.0f}" for end in ("start", "end"))
-    losses = [stage["training"]["steps_with_gradient"] for stage in done]
-    gradients = {loss: sum(of_seed[loss] for of_seed in losses) / len(done) for loss in losses[0]}
-    row["steps with a gradient"] = ", ".join(f"{loss} {steps:.0f}" for loss, steps in gradients.items())
-    return row | {"buffer flushes": f"{_mean_of(done, 'buffer_flushes'):.1f}"}
-
-
-def _budget_row(label: str, stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    done = [stage for stage in stages if stage["training"]]
-    if not done:
-        return {"arm": label, "seeds": 0, "steps": stages[0]["state"]}
-    spent = {key.replace("_", " ").replace("ground truth", "ground-truth"): _mean_of(done, key) for key in ("steps", *BUDGET)}
-    return {"arm": label, "seeds": len(done)} | {k: None if v is None else f"{v:,.0f}" for k, v in spent.items()}
-
-
-def _sign_rows(data: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """One row an arm and sign, all seeds in it."""
-    found: dict[tuple[str, str], list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {}
-    for stage in data["stages"]:
-        for sign in stage["signs"]:
-            found.setdefault((stage["name"], sign["name"]), []).append((stage, sign))
-    example = data["example"] or {"arm": None}
-    for (arm, name), of_seeds in found.items():
-        stage, sign = of_seeds[0]
-        seen = "; ".join(f"seed {s['seed']}, step {at['step'] + 1}: {at['seen']}" for s, at in of_seeds)
-        drawn_ = arm == example["arm"] and stage["seed"] == example["seed"]
-        figure = f"figures/curves-{arm}" if drawn_ else f"jobs/03_riel-{arm}-seed-{stage['seed']}"
-        head = {"arm": stage["label"], "sign": name, "seen": seen, "what to try": sign["advice"]}
-        yield {**head, "figure": f"{figure}, panel {sign['look']}"}
-
-
-def _prompt_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    head = {"stage 1": ", ".join(row["experts"]), "seed": row["seed"], "prompt": row["prompt"], "n": row["n"]}
-    share = stats.text({**row, "mean": row["share"]})
-    cells = {f"nats a token, {teacher}'s answers": f"{nats:.3f}" for teacher, nats in row["nats_per_token"].items()}
-    return {**head, "own teacher's answer likeliest, %": share, "by chance, %": f"{100 * row['chance']:.1f}", **cells}
-
-
-def _teacher_rows(group: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    for row, corrected in zip(group["accuracy"], group["corrected"], strict=True):
-        head = {"panel": ", ".join(group["experts"]), "teacher": row["expert"], "n": row["n"]}
-        right, rightly = (stats.text({**part, "mean": part["share"]}) for part in (row, corrected))
-        errors = {"unreadable": row["unreadable"], "errors": corrected["errors"]}
-        yield {**head, "right, %": right, **errors, "errors answered rightly by another, %": rightly}
-
-
-def _run_rows(stages: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """One row a run and stage, its seeds in one cell each; what all seeds have in common stands once."""
-    for (name, stage), group in groupby(stages, lambda s: (s["name"], s["stage"])):
-        group = list(group)
-        done = [s for s in group if s["state"] == "done"]
-
-        def of_seeds(value: Callable[[Mapping[str, Any]], str], among: Sequence[Mapping[str, Any]]) -> str:
-            values = {s["seed"]: value(s) for s in among}
-            same = len(set(values.values())) == 1
-            return next(iter(values.values())) if same else "; ".join(f"{seed}: {v}" for seed, v in values.items())
-
-        yield {
-            "run": name,
-            "stage": stage,
-            "seeds": ", ".join(str(s["seed"]) for s in group),
-            "state": of_seeds(lambda s: s["state"] + (f": {s['message']}" if s["state"] == "failed" else ""), group),
-            "wall time, s": ", ".join(f"{s['wall_s'] or 0:.0f}" for s in done),
-            "commit": of_seeds(_commit, done) if done else "",
-            "folder": f"{Path(group[0]['folder']).parents[1]}/seed-*/{Path(group[0]['folder']).name}",
-        }
-
-
-def _commit(made: Mapping[str, Any], digits: int = 10) -> str:
-    return (made["commit"] or "unknown")[:digits] + (" + uncommitted changes" if made["dirty"] else "")
-
-
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
@@ -470,11 +267,11 @@ def pictures(study: config.Study, data: Mapping[str, Any]) -> dict[str, figures.
 
 def _each_expert(data: Mapping[str, Any]) -> pd.DataFrame:
     """Accuracy under each expert's prompt, both stages, of the arms that have a stage 2 (else of all)."""
-    arms = [arm for arm in data["arms"] if _scores_of(data, arm, "stage 2")] or data["arms"]
+    arms = [arm for arm in data["arms"] if readable.scores_of(data, arm, "stage 2")] or data["arms"]
     rows = []
     for arm in arms:
         for stage in STAGES.values():
-            for measure, score in _scores_of(data, arm, stage).items():
+            for measure, score in readable.scores_of(data, arm, stage).items():
                 if measure.startswith("expert/"):
                     rows.append({**score, "label": arm["label"], "expert": measure.removeprefix("expert/")})
     return pd.DataFrame(rows)
@@ -488,22 +285,24 @@ def drawn(data: Mapping[str, Any]) -> list[str]:
     return [arm["label"] for arm in arms[:MOST_DRAWN]]
 
 
-def _pictures(study: config.Study, data: Mapping[str, Any]) -> dict[str, tuple[str, figures.Picture]]:
-    """Name -> (caption, picture), of whatever has run."""
+def _pictures(study: config.Study, data: Mapping[str, Any]) -> Pictures:
+    """Of whatever has run."""
     if not data["scores"]:
         return {}
     experts, lines = list(study.base_run().experts.known), drawn(data)
     tested = ", ".join(f"{n:g}" for n in sorted({s["n_questions"] for s in data["scores"] if s["mean"] is not None}))
     chance = "seeds and questions" if len(data["seeds"]) > 1 else "questions"
     note = f"n = {tested} test questions; seeds {', '.join(map(str, data['seeds']))}; 95 % intervals ({chance} random)"
-    some = f"; the {len(lines)} arms of table 5" if len(lines) < sum(a["last_stage"] == "riel" for a in data["arms"]) else ""
-    after = [(arm, _scores_of(data, arm, STAGES[arm["last_stage"]])) for arm in data["arms"]]
+    others = sum(arm["last_stage"] == "riel" for arm in data["arms"]) - len(lines)
+    some = f"; {others} more arms not drawn" if others else ""
+    after = [(arm, readable.scores_of(data, arm, STAGES[arm["last_stage"]])) for arm in data["arms"]]
     means = [{"label": a["label"], "kind": a["kind"], **own["mean_expert"]} for a, own in after if own]
-    found: dict[str, tuple[str, figures.Picture]] = {}
+    found: Pictures = {}
     if means:
         picture = figures.arms(pd.DataFrame(means), note=f"{note}; small dots: seeds")
         found["arms"] = "Mean expert accuracy after each arm's last stage", picture
-    found["before-after"] = "Before and after stage 2", figures.before_after(_each_expert(data), order=experts, note=note)
+    picture = figures.before_after(_each_expert(data), order=experts, note=note)
+    found["before-after"] = "Before and after stage 2", picture
     samples = [
         {"label": arm["label"], "k": int(key.removeprefix("pass@")), **score}
         for arm, own in after
@@ -519,23 +318,23 @@ def _pictures(study: config.Study, data: Mapping[str, Any]) -> dict[str, tuple[s
             metrics.setdefault(stage["label"], []).append(RunFolder(study.folder / stage["folder"]).read_metrics())
     if metrics:
         found["rewards"] = f"Training reward and all-wrong groups{some}", figures.rewards(metrics, order=lines)
-    answered = max(_answered(study), key=lambda found: len(found[0]), default=([], None))
-    if len(answered[0]) > 1:
+    answered = max(_answered(study), key=lambda found: len(found[0]), default=None)
+    if answered:
         answers = overlap.answered_by_all(answered[1].read_table("teacher_answers"))
         picture = figures.error_overlap(answers, title="Teachers, training questions")
         found["teachers-overlap"] = "Error overlap of the teachers", picture
     return found | _of_example(study, data, experts)
 
 
-def _of_example(study: config.Study, data: Mapping[str, Any], experts: Sequence[str]) -> dict[str, tuple[str, figures.Picture]]:
+def _of_example(study: config.Study, data: Mapping[str, Any], experts: Sequence[str]) -> Pictures:
     """How the fullest finished arm trained, and how its experts' errors hang together."""
-    found: dict[str, tuple[str, figures.Picture]] = {}
+    found: Pictures = {}
     if not data["example"]:
         return found
     run, label = study.run(data["example"]["arm"], data["example"]["seed"]), data["example"]["label"]
     for stage, name in STAGES.items():
         folder, key = RunFolder(run.folder(stage)), name.replace(" ", "-")
-        title = f"{label if stage == 'riel' else _stage1_label(run.experts.panel)}, seed {run.seed}"
+        title = f"{label if stage == 'riel' else readable.stage1_label(run.experts.panel)}, seed {run.seed}"
         curves = f"curves-{data['example']['arm'] if stage == 'riel' else key}"
         found[curves] = title, figures.curves(folder.read_metrics(), order=experts, title=title)
         if len(run.experts.panel) > 1:
@@ -578,36 +377,32 @@ def write(study: config.Study) -> Path:
     text = _template("report.md.j2").render(
         data=data,
         tables={name: _markdown_table(frame) for name, frame in frames.items()},
-        titles=TITLES,
+        titles=readable.TITLES,
         papers=[(title, _markdown_table(frame)) for title, frame in papers.values()],
         verdict=claims.values()["verdict"],
         verdicts={verdict: verdicts.count(verdict) for verdict in dict.fromkeys(verdicts)},
         pictures=shown,
-        drawn=drawn(data),
-        missing=[row for row in _run_rows(data["stages"]) if row["state"] != "done"],
-        trained=sorted({_commit(stage, 40) for stage in done}),
-        written=_commit(data["commit"], 40),
+        missing=[row for row in readable.run_rows(data["stages"]) if row["state"] != "done"],
+        trained=sorted({readable.commit(stage, 40) for stage in done}),
+        written=readable.commit(data["commit"], 40),
     )
     (folder / "report.md").write_text(text, encoding="utf-8")
     (folder / "report.html").write_text(_page(data["title"], text, folder), encoding="utf-8")
     return folder / "report.html"
 
 
-def _paper_tables(paper: pd.DataFrame) -> dict[str, tuple[str, pd.DataFrame]]:
-    """Table of the paper -> (its title, its rows)."""
+def _paper_tables(paper: pd.DataFrame) -> Papers:
     titles = {name: table["title"] for name, table in claims.values()["tables"].items()}
     return {name: (title, paper[paper["table"] == name].drop(columns="table")) for name, title in titles.items()}
 
 
-def _sheets(
-    data: Mapping[str, Any], frames: Mapping[str, pd.DataFrame], papers: Mapping[str, tuple[str, pd.DataFrame]]
-) -> dict[str, latex.Sheet]:
+def _sheets(data: Mapping[str, Any], frames: Mapping[str, pd.DataFrame], papers: Papers) -> dict[str, latex.Sheet]:
     """The tables for LaTeX: title and note; the paper's one by one."""
     note = f"Percent on test questions; brackets: 95 % intervals. Seeds {', '.join(map(str, data['seeds']))}."
-    made = f"Made by {data['command']}, commit {_commit(data['commit'])}."
-    found = {name: latex.Sheet(frame, TITLES[name], f"{note} {made}") for name, frame in frames.items() if name != "paper"}
-    rule = claims.values()["verdict"]["rule"]
-    return found | {f"paper-{name}": latex.Sheet(frame, title, f"{note} {rule} {made}") for name, (title, frame) in papers.items()}
+    made = f"Made by {data['command']}, commit {readable.commit(data['commit'])}."
+    titles, beside = readable.TITLES, f"{note} {claims.values()['verdict']['rule']} {made}"
+    found = {name: latex.Sheet(frames[name], titles[name], f"{note} {made}") for name in titles if name != "paper"}
+    return found | {f"paper-{name}": latex.Sheet(frame, title, beside) for name, (title, frame) in papers.items()}
 
 
 def _markdown_table(frame: pd.DataFrame) -> str:
