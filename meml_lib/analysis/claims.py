@@ -44,8 +44,8 @@ def recipe(arm: ArmResult) -> dict[str, Any]:
     """What paper.yaml knows a method by.
 
     experts: how many. only_expert: the position, in the study's full panel, of an arm's one expert. whole_panel:
-    several experts, none left out. budget: "paper" at the study's own G; "matched" where one expert draws as many rollouts as
-    the full panel would; else "other". buffer, mutual, advantage, scale: of eq. 10, where there is a stage 2.
+    several experts, none left out. budget: "paper" at the study's own G; "matched" where one expert draws as many
+    rollouts as the full panel would; else "other". buffer, mutual, advantage, scale: of eq. 10, if there is a stage 2.
     """
     objective, group, positions = arm.run.riel.objective, arm.run.riel.rollouts_per_expert, arm.positions
     one, everyone = len(positions) == 1, len(arm.full_panel)
@@ -167,15 +167,15 @@ def _ours(
     row: Mapping[str, Any], arm: ArmResult, arms: Sequence[ArmResult], teachers: Sequence[Mapping]
 ) -> tuple[str, Interval | None]:
     """(who, what we measured)."""
-    kind, _, name = (row["measure"] or "").rpartition("/")
-    if kind == "gain":
+    about, _, name = (row["measure"] or "").rpartition("/")
+    if about == "gain":
         able = [other for other in _baselines(row, arms) if other.last in other.validation]
         if not able:
             return arm.label, None
         best = max(able, key=lambda other: other.validation[other.last])
         gain = paired(arm, best, "best_validation", relative=name == "relative")
         return f"{arm.label} against {best.label}", gain
-    if kind == "teachers":
+    if about == "teachers":
         own = next((t for t in teachers if t["experts"] == arm.panel), None)
         weakest = own and max(own["corrected"], key=lambda of_one: of_one["errors"])
         counts = {"overlap_iou": ("all_wrong", "any_wrong"), "corrected_by_others": ("corrected", "errors")}[name]

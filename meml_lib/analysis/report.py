@@ -28,7 +28,7 @@ from meml_lib.runs import RunFolder
 
 Papers = dict[str, tuple[str, pd.DataFrame]]  # table of the paper -> (its title, its rows)
 Pictures = dict[str, tuple[str, figures.Picture]]  # name -> (caption, picture)
-MOST_DRAWN = 7  # lines of one picture: as many as there are colours
+MOST_DRAWN = 7  # arms: as many as there are colours
 
 
 # --- one run, in a notebook -------------------------------------------------------------------------------------------
@@ -266,10 +266,9 @@ def pictures(study: config.Study, data: Mapping[str, Any]) -> dict[str, figures.
 
 
 def _each_expert(data: Mapping[str, Any]) -> pd.DataFrame:
-    """Accuracy under each expert's prompt, both stages, of the arms that have a stage 2 (else of all)."""
-    arms = [arm for arm in data["arms"] if readable.scores_of(data, arm, "stage 2")] or data["arms"]
-    rows = []
-    for arm in arms:
+    """Accuracy under each expert's prompt, both stages, of the arms that are drawn."""
+    rows, lines = [], drawn(data)
+    for arm in (arm for arm in data["arms"] if arm["label"] in lines):
         for stage in STAGES.values():
             for measure, score in readable.scores_of(data, arm, stage).items():
                 if measure.startswith("expert/"):
@@ -278,7 +277,7 @@ def _each_expert(data: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def drawn(data: Mapping[str, Any]) -> list[str]:
-    """Labels of the arms that stand in pictures of lines: those of table 5 where all are too many to tell apart."""
+    """Labels of the arms in pictures that cannot hold many: those of table 5 where there are more."""
     arms = [arm for arm in data["arms"] if arm["last_stage"] == "riel"]
     if len(arms) > MOST_DRAWN:
         arms = [arm for arm in arms if "table-5" in arm["tables"]] or arms
@@ -301,8 +300,9 @@ def _pictures(study: config.Study, data: Mapping[str, Any]) -> Pictures:
     if means:
         picture = figures.arms(pd.DataFrame(means), note=f"{note}; small dots: seeds")
         found["arms"] = "Mean expert accuracy after each arm's last stage", picture
-    picture = figures.before_after(_each_expert(data), order=experts, note=note)
-    found["before-after"] = "Before and after stage 2", picture
+    if len(each := _each_expert(data)):
+        picture = figures.before_after(each, order=experts, note=f"{note}{some}")
+        found["before-after"] = "Before and after stage 2", picture
     samples = [
         {"label": arm["label"], "k": int(key.removeprefix("pass@")), **score}
         for arm, own in after
