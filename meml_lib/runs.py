@@ -233,7 +233,10 @@ def gpus() -> list[str]:
 
 
 def _commit() -> dict[str, Any]:
-    """The library's commit, and whether tracked files differ from it; None outside a git checkout."""
+    """The library's commit, and whether tracked files differ from it; None outside a git checkout.
+
+    Files under reports/ are results: a run that writes a committed report anew does not change what made it.
+    """
     here = Path(__file__).resolve().parents[1]
 
     def git(*words: str) -> str | None:
@@ -245,7 +248,7 @@ def _commit() -> dict[str, Any]:
 
     if not (here / ".git").exists():  # an installed copy inside somebody else's checkout has no commit of its own
         return {"commit": None, "dirty": None}
-    changes = git("status", "--porcelain", "--untracked-files=no")
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)reports")
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
 
 

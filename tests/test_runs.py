@@ -87,3 +87,19 @@ def test_the_manifest_names_its_makings_and_no_secret(tmp_path, monkeypatch):
     assert manifest["seed"] == 3 and manifest["packages"]["torch"] and manifest["hardware"]["cores"] >= 1
     assert manifest["command"] == ["meml", "api_key=...", "sampling.max_answer_tokens=96"]
     assert "hf_secret" not in text
+
+
+def test_a_committed_report_written_anew_is_no_change_of_the_sources(tmp_path, monkeypatch):
+    for name in ("meml_lib/runs.py", "reports/demo/report.md", "params/demo.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("before\n")
+    identity = ["-c", "user.name=t", "-c", "user.email=t@t"]
+    for words in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "first"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "meml_lib" / "runs.py"))
+    monkeypatch.chdir(tmp_path / "params")
+    assert runs.provenance()["dirty"] is False
+    (tmp_path / "reports/demo/report.md").write_text("after\n")
+    assert runs.provenance()["dirty"] is False
+    (tmp_path / "params/demo.yaml").write_text("after\n")
+    assert runs.provenance()["dirty"] is True
