@@ -13,7 +13,9 @@ PAPER_TEACHERS = {name: {"kind": "table", "path": "a.parquet", "column_value": v
                   zip(PANEL, ("gold", "deepseek-r1", "doubao-1.5-thinking"), strict=True)}  # fmt: skip
 
 
-def arm(overrides: dict | None = None, *, last="stage 2", right_SQ=None, measure="expert/story", base=None, label="") -> ArmResult:
+def arm(
+    overrides: dict | None = None, *, last="stage 2", right_SQ=None, measure="expert/story", base=None, label=""
+) -> ArmResult:
     """An arm of the smoke study at G = 8, whose one measure is given."""
     base = base or config.load_run("smoke.yaml", {"riel.rollouts_per_expert": 8})
     run = config.load_run("smoke.yaml", {"riel.rollouts_per_expert": 8} | (overrides or {}))
@@ -76,7 +78,9 @@ def test_expert_i_is_the_position_in_the_studys_panel(place):
 
 def test_two_experts_and_supervised_arms_have_rows_of_their_own():
     two = fitting(arm({"experts.only": [0, 1]}))
-    assert two["table-4"] == ["MEML-GRPO with N = 2 (Expert0)", "MEML-GRPO with N = 2 (Expert1)"] and "table-5" not in two
+    assert (
+        two["table-4"] == ["MEML-GRPO with N = 2 (Expert0)", "MEML-GRPO with N = 2 (Expert1)"] and "table-5" not in two
+    )
     assert "table-1" not in two  # not all of the study's teachers
     assert set(fitting(arm({"experts.only": [1]}, last="stage 1"))) == {"table-2"}
     spent = {"experts.only": [0], "riel.stop_at.rollouts": 9}
@@ -92,7 +96,9 @@ def test_ours_is_the_expert_at_that_position():
 
 def test_rows_that_no_arm_fits_are_not_run_and_ours_alone_stay_away():
     rows = claims.rows("table-4", [arm(NULL)])
-    assert {(row["verdict"], row["arm"]) for row in rows} == {("not run", None)} and all(row["in_paper"] for row in rows)
+    assert {(row["verdict"], row["arm"]) for row in rows} == {("not run", None)} and all(
+        row["in_paper"] for row in rows
+    )
     shown = claims.readable(rows)
     assert len(shown) == 15 and {row["our arm"] for row in shown} == {"none of this kind"}
 
@@ -176,7 +182,10 @@ def test_another_group_size_and_an_average_over_data_sets_are_not_comparable():
     own.group = 4
     row = next(row for row in claims.rows("table-4", [own]) if row["row"] == "MEML-GRPO (Expert1)")
     assert row["verdict"] == "not comparable (G = 4)"
-    assert verdict(like(0.8, 5), row="MEML-GRPO (Expert0)", measure="expert/equations")[0] == "not comparable (the paper's value is unknown)"
+    assert (
+        verdict(like(0.8, 5), row="MEML-GRPO (Expert0)", measure="expert/equations")[0]
+        == "not comparable (the paper's value is unknown)"
+    )
 
 
 def test_the_headline_is_relative_and_in_points_against_the_preferred_baseline():
@@ -184,12 +193,20 @@ def test_the_headline_is_relative_and_in_points_against_the_preferred_baseline()
     truth = rng.random(200) < 0.6
     full, weak, strong = (truth ^ (rng.random((3, 200)) < noise) for noise in (0.05, 0.35, 0.25))
     arms = []
-    for label, overrides, right, validation in (("full", {}, full, 0.9), ("weak", NULL, weak, 0.7), ("strong", GRPO, strong, 0.8)):
+    for label, overrides, right, validation in (
+        ("full", {}, full, 0.9),
+        ("weak", NULL, weak, 0.7),
+        ("strong", GRPO, strong, 0.8),
+    ):
         arms.append(arm(overrides, right_SQ=right, measure="best_validation", label=label))
         arms[-1].validation = {"stage 2": validation}
         arms[-1].questions = {"stage 2": pd.Index(range(200))}
     points, relative = (row for row in claims.rows("headline", arms) if row["model"] == "qwen")
-    assert points["arm"] == relative["arm"] == "full against strong" and points["paper"] == 3.6 and relative["paper"] == 4.89
+    assert (
+        points["arm"] == relative["arm"] == "full against strong"
+        and points["paper"] == 3.6
+        and relative["paper"] == 4.89
+    )
     assert points["ours"]["mean"] == pytest.approx(full.mean() - strong.mean())
     assert relative["ours"]["mean"] == pytest.approx(full.mean() / strong.mean() - 1)
     width = (relative["ours"]["high"] - relative["ours"]["low"]) / (points["ours"]["high"] - points["ours"]["low"])
@@ -203,14 +220,23 @@ def test_settings_name_what_differs_and_what_the_paper_does_not_give_and_nothing
     base = config.load_run("smoke.yaml", {"riel.rollouts_per_expert": 8, "riel.objective.buffer_sft.wrong_over": 6})
     own = {row["setting"]: row for row in claims.settings(base)}
     assert (own["Task"]["paper"], own["Task"]["ours"]) == ("gsm8k or strategyqa or mathqa", "wordproblems")
-    assert own["B, examples that fill the buffer"]["ours"] == "4" and own["B, examples that fill the buffer"]["sure"] == "A"
+    assert (
+        own["B, examples that fill the buffer"]["ours"] == "4"
+        and own["B, examples that fill the buffer"]["sure"] == "A"
+    )
     assert own["Eq. 9, mutual learning"]["ours"].startswith("forward_kl (as printed")
     assert own["lambda1, weight of mutual learning"]["paper"] == "not given"
-    same = ("Experts N", "G, rollouts of an expert to a question", "K, more wrong rollouts than this offer the question")
+    same = (
+        "Experts N",
+        "G, rollouts of an expert to a question",
+        "K, more wrong rollouts than this offer the question",
+    )
     assert not set(same) & set(own)
     paper = {row["setting"] for row in claims.settings(paper_run())}
     assert not {"Task", "Model", "Teachers"} & paper
-    literal = config.load_run("smoke.yaml", {"riel.objective.mutual.form": "literal", "mef.epochs": 1, "mef.steps": None})
+    literal = config.load_run(
+        "smoke.yaml", {"riel.objective.mutual.form": "literal", "mef.epochs": 1, "mef.steps": None}
+    )
     assert not {"Eq. 9, mutual learning", "Length of stage 1"} & {row["setting"] for row in claims.settings(literal)}
     without = {row["setting"] for row in claims.settings(config.load_run("smoke.yaml", NULL))}
     assert not {name for name in without if "buffer" in name or "Eq. 9" in name}
@@ -228,7 +254,12 @@ def test_every_row_of_the_paper_is_there_once_and_says_how_sure_it_is():
     tables = claims.values()["tables"]
     names = [(table, row["row"]) for table in tables for row in tables[table]["rows"]]
     assert len(set(names)) == len(names)
-    assert {row["sure"] for table in tables.values() for row in table["rows"] if row["in_paper"]} <= {"A", "B", "C", "unknown"}
+    assert {row["sure"] for table in tables.values() for row in table["rows"] if row["in_paper"]} <= {
+        "A",
+        "B",
+        "C",
+        "unknown",
+    }
     cells = tables["table-4"]["rows"]
     known = {row["row"]: row["cells"]["qwen"]["gsm8k"] for row in cells if "qwen" in row["cells"]}
     assert known == {
