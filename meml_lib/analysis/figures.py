@@ -313,7 +313,7 @@ def before_after(scores: pd.DataFrame, *, order: Sequence[str] | None = None, no
             _point(axes, at, row, look, filled=after)
         axes.set_yticks(list(height.values()), [expert for _, expert in rows])
         _headings(axes, {label: at for (label, _), at in reversed(height.items())} if len(arms) > 1 else {})
-        axes.set_ylim(max(height.values()) + 0.6, -1.0 if len(arms) > 1 else -0.6)
+        axes.set_ylim(max(height.values()) + 0.6, -1.2 if len(arms) > 1 else -0.6)
         axes.grid(axis="y", visible=False)
         _percent_axis(axes, "greedy test accuracy (%)")
         axes.set_title("Each expert's accuracy: stage 1 hollow, stage 2 filled")
@@ -463,7 +463,7 @@ def _buffer(axes: Axes, metrics: pd.DataFrame) -> None:
 def _headings(axes: Axes, tops: Mapping[str, float]) -> None:
     """Names of groups of rows, each above the row where it begins."""
     for name, top in tops.items():
-        axes.text(0, top - 0.45, name, transform=axes.get_yaxis_transform(), fontsize=8, weight="bold", va="bottom")
+        axes.text(0, top - 0.6, name, transform=axes.get_yaxis_transform(), fontsize=8, weight="bold", va="bottom")
 
 
 def _point(axes: Axes, at: float, row, look: Look, *, filled: bool) -> None:
