@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from meml_lib import config, schema
 from meml_lib.analysis import figures, signs
 
-FLAT, NEVER, ALWAYS, BEST = "reward flat", "buffer never fills", "buffer fills every batch", "one expert always best"
+FLAT, NEVER, ALWAYS, BEST = "reward does not rise", "buffer never fills", "buffer fills every batch", "one expert always best"
 SAME = {"groups_mixed": 0.2, "entropy": 0.01}  # groups agree, and 20 tokens hold 0.2 nats
 
 
@@ -115,7 +115,7 @@ def test_what_was_seen_is_told_in_numbers():
     )
 
 
-# --- reward flat ------------------------------------------------------------------------------------------------------
+# --- reward does not rise ------------------------------------------------------------------------------------------------------
 
 NOT_FLAT = {
     "a slow rise": lambda step: 0.5 + 0.1 * step / 150 + 0.02 * (-1) ** step,

@@ -191,3 +191,12 @@ def test_simulation_of_a_table_of_eight_zero_effects(against):
     print(f"\n8 zero effects against {against}: called {wrongly:.1%}, uncorrected {uncorrected:.1%}", end="")
     assert wrongly <= 0.06
     assert uncorrected > 0.15
+
+
+def test_seeds_whose_means_agree_are_no_surer_than_their_questions():
+    values = np.zeros((2, 300))
+    values[0, :60], values[1, 30:90] = 1.0, 1.0  # both seeds 20 %, on questions that are partly others
+    interval = stats.crossed_mean(values)
+    questions_alone = 1.96 * values.mean(axis=0).std(ddof=1) / np.sqrt(300)
+    assert interval.high - interval.mean == pytest.approx(questions_alone, rel=1e-3)
+    assert interval.detectable == pytest.approx(questions_alone * 2.8 / 1.96, rel=1e-3)

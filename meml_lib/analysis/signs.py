@@ -105,16 +105,16 @@ def _reward_flat(records: Sequence[Record], riel: RielParams) -> Sign | None:
     if unsolved > MOST:
         seen += f"all experts fail on {unsolved:.0%} of the questions"
         advice = f"easier questions, {LONGER}, or answers to learn hard ones from (`{BUFFER}`, its `{BUFFER}.capacity`)"
-        return Sign("reward flat", step, seen, "Reward and Groups of rollouts", advice)
+        return Sign("reward does not rise", step, seen, "Reward and Groups of rollouts", advice)
     if 1 - mixed > MOST and nats < ONE_ANSWER:
         seen += f"{1 - mixed:.0%} of the groups agree, with {nats:.2f} nats of choice in an answer"
         advice = "a higher `sampling.temperature`, more `riel.rollouts_per_expert`, an `experts.panel` that errs apart"
-        return Sign("reward flat", step, seen, "Reward and Entropy of the policy", advice)
+        return Sign("reward does not rise", step, seen, "Reward and Entropy of the policy", advice)
     if done < LATE:
         return None
     seen += f"the metrics show no cause ({mixed:.0%} of the groups are mixed)"
     advice = "another `riel.lr` or more `riel.questions_per_step`"
-    return Sign("reward flat", step, seen, "Reward and Groups of rollouts", advice)
+    return Sign("reward does not rise", step, seen, "Reward and Groups of rollouts", advice)
 
 
 def _never_fills(records: Sequence[Record], riel: RielParams) -> Sign | None:
