@@ -4,13 +4,15 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from meml_lib import config
+from meml_lib import config, schema
 from meml_lib.analysis import claims, readable, report
+from meml_lib.analysis.measures import ArmResult, Measured
 from meml_lib.runs import RunFolder
 
 ARMS = """
@@ -258,6 +260,22 @@ def test_p_values_are_corrected_within_a_table_and_only_they_make_a_reading(data
 
     assert reading(0.2, 0.001, 0.04) == "higher" and reading(-0.2, 0.001, 0.04) == "lower"
     assert reading(0.2, 0.04, 0.08) == "no difference shown"  # though its interval leaves 0 out
+    base["n_seeds"] = 1
+    assert reading(0.2, 0.001, 0.004) == "one seed: no reading"
+
+
+def test_comparisons_to_come_count_in_holms_family():
+    study_ = SimpleNamespace(comparisons=[schema.Comparison("t", *pair, "vote") for pair in (("a", "b"), ("a", "c"))])
+    values_SQ = np.array([[0.0, 1.0, 0.0, 0.0, 1.0] * 6] * 2)
+    values_SQ[1, 7] = 1.0
+    arms = {name: ArmResult(name, name, None, ["x", "y"], 8) for name in "abc"}
+    arms["a"].run = arms["b"].run = arms["c"].run = SimpleNamespace(experts=SimpleNamespace(panel=["x", "y"]))
+    for name, sign in (("a", 1.0), ("b", -1.0)):  # c has not run
+        arms[name].seeds["stage 2"], arms[name].questions["stage 2"] = [0, 1], pd.Index(range(30))
+        arms[name].measures["stage 2"] = {"vote": Measured("number", sign * values_SQ)}
+    ran, to_come = report._pairs(study_, arms)
+    assert ran["p"] is not None and ran["p_holm"] == pytest.approx(min(1.0, 2 * ran["p"]))
+    assert to_come["mean"] is None and to_come["p_holm"] is None
 
 
 def test_training_is_summed_up_from_the_metrics(data):
@@ -410,7 +428,7 @@ def redrawn(study, name: str, where: Iterable[tuple[str, int, str]], chance: flo
 
 AFTER = ["best on validation", "unreadable"]
 DIFFERENCE = ["difference (points)", "smallest detectable", "p", "p, Holm"]
-OURS = ["ours", "95 % interval", "smallest detectable"]
+OURS = ["ours", "95 % interval of ours", "smallest detectable"]
 ERRORS = ["wrong for all, %", "intersection / union, %", "mean phi"]
 ERRORS += [f"errors of {expert} that another answers rightly, %" for expert in PANEL]
 LEVELS = ["difficulty 1", "difficulty 2"]

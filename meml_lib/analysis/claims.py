@@ -142,7 +142,7 @@ def readable(found: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         mine = {"our arm": first["arm"] or "none of this kind", "ours": first["see"] or mean}
         counts = {"n": ours["n_questions"], "seeds": ours["n_seeds"] or "—"} if ours else {"n": "—", "seeds": "—"}
         judged = {"delta": text(delta), "smallest detectable": f"{100 * _detectable(ours):.1f}" if ours else "—"}
-        mine |= {"95 % interval": interval or "—", **counts}
+        mine |= {"95 % interval of ours": interval or "—", **counts}
         shown.append({**head, **mine, **judged, "verdict": first["verdict"]})
     return shown
 

@@ -29,6 +29,18 @@ TITLES = {  # of every table, in the report's order
     "checklist": "Reproducibility checklists",
     "runs": "Runs",
 }
+ON_TEST = "Percent on test questions; brackets: 95 % intervals."
+ABOUT = {  # of the tables that speak of something else than test questions
+    "prompts": "On held-out questions; brackets: Wilson's 95 % intervals over questions; one seed a row.",
+    "training": "Training rollouts, means over the seeds.",
+    "budgets": "Stage 2, means over the seeds.",
+    "signs": "Training rollouts.",
+    "teachers": "On training questions; brackets: Wilson's 95 % intervals over questions.",
+    "settings": "Values, not results.",
+    "checklist": "Answers worked out from what was recorded.",
+    "runs": "Training stages.",
+}
+SEEDLESS = ("teachers", "settings", "checklist")
 BUDGETS = {"rollouts": "rollouts", "ground_truth_items": "ground-truth items", "update_tokens": "update tokens"}
 SHARES = {"reward": "reward", "groups_all_wrong": "groups all wrong", "groups_all_right": "groups all right"}
 SHARES |= {"questions_all_wrong": "questions all wrong", "unreadable": "unreadable", "truncated": "truncated"}
@@ -121,6 +133,7 @@ def _arm_row(arm: Record, stages: Mapping[str, Mapping[str, Record]], seeds: int
     for stage, scores in stages.items():
         there = "—" if stage > last else "not run"
         row[f"mean expert, {stage}"] = cell(scores["mean_expert"], seeds) if scores else there
+    row["validation, best expert"] = "—" if arm["validation"] is None else f"{100 * arm['validation']:.1f}"
     after = {"best_validation": "best on validation", "vote": "majority vote"}
     after |= {"any_expert": "any expert", "unreadable": "unreadable"}
     return row | {name: cell(stages[last].get(measure), seeds) for measure, name in after.items()}
@@ -157,6 +170,7 @@ def _pair_row(pair: Record, panel: Sequence[str]) -> dict[str, Any]:
     if pair["mean"] is None:
         return {**head, "difference (points)": "not run"}
     reading = "no difference shown" if pair["p_holm"] >= 0.05 else "higher" if pair["mean"] > 0 else "lower"
+    reading = reading if pair["n_seeds"] > 1 else "one seed: no reading"
     counts = {"n": pair["n_questions"], "seeds": pair["n_seeds"]}
     seen = {"smallest detectable": f"{100 * pair['detectable']:.1f}", "p": _p(pair["p"]), "p, Holm": _p(pair["p_holm"])}
     return {**head, "difference (points)": stats.text(pair), **counts, **seen, "reading": reading}

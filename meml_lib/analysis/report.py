@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 
 from meml_lib import config, runs
 from meml_lib.analysis import claims, figures, latex, measures, overlap, readable, signs, stats
@@ -121,19 +122,20 @@ def _arm(result: ArmResult, stage1: str, differs: Mapping[str, Any]) -> dict[str
     """stage1: the arm under which the scores of its stage 1 stand."""
     head = {"arm": result.arm, "label": result.label, "experts": result.panel, "stage1": stage1}
     head |= {"last_stage": "mef" if result.last == STAGES["mef"] else "riel"}
-    return {**head, "kind": claims.kind(result), "tables": claims.tables_of(result), "differs": differs}
+    head |= {"kind": claims.kind(result), "validation": result.validation.get(result.last)}
+    return {**head, "tables": claims.tables_of(result), "differs": differs}
 
 
 def _pairs(study: config.Study, results: Mapping[str, ArmResult]) -> Iterator[dict[str, Any]]:
-    """The differences that the study names. Holm's correction is over the comparisons of one table that have run."""
+    """The differences that the study names. Holm's correction is over all of a table's, those to come included."""
     ordered = sorted(study.comparisons, key=lambda c: (not c.table.startswith("table-"), c.table))  # the paper's first
     for table, comparisons in groupby(ordered, lambda comparison: comparison.table):
         found = [(c, measures.paired(results[c.arm], results[c.against], c.measure)) for c in comparisons]
-        corrected = stats.holm([difference and difference.p for _, difference in found])
+        corrected = stats.holm([difference.p if difference else 1.0 for _, difference in found])
         for (c, difference), p_holm in zip(found, corrected, strict=True):
             head = {"table": table, "arm": results[c.arm].label, "against": results[c.against].label}
             numbers = asdict(difference) if difference else {"mean": None}
-            yield {**head, "measure": c.measure, **numbers, "p_holm": p_holm}
+            yield {**head, "measure": c.measure, **numbers, "p_holm": p_holm if difference else None}
 
 
 def command(study: config.Study) -> str:
@@ -385,6 +387,7 @@ def write(study: config.Study) -> Path:
         missing=[row for row in readable.run_rows(data["stages"]) if row["state"] != "done"],
         trained=sorted({readable.commit(stage, 40) for stage in done}),
         written=readable.commit(data["commit"], 40),
+        values=yaml.safe_dump(data["values"], sort_keys=False, allow_unicode=True, width=120).strip(),
     )
     (folder / "report.md").write_text(text, encoding="utf-8")
     (folder / "report.html").write_text(_page(data["title"], text, folder), encoding="utf-8")
@@ -398,10 +401,15 @@ def _paper_tables(paper: pd.DataFrame) -> Papers:
 
 def _sheets(data: Mapping[str, Any], frames: Mapping[str, pd.DataFrame], papers: Papers) -> dict[str, latex.Sheet]:
     """The tables for LaTeX: title and note; the paper's one by one."""
-    note = f"Percent on test questions; brackets: 95 % intervals. Seeds {', '.join(map(str, data['seeds']))}."
-    made = f"Made by {data['command']}, commit {readable.commit(data['commit'])}."
-    titles, beside = readable.TITLES, f"{note} {claims.values()['verdict']['rule']} {made}"
-    found = {name: latex.Sheet(frames[name], titles[name], f"{note} {made}") for name in titles if name != "paper"}
+    trained = ", ".join(sorted({readable.commit(stage) for stage in data["stages"] if stage["state"] == "done"}))
+    made = f"Made by {data['command']}; trained at commit {trained or 'none'}, written at {readable.commit(data['commit'])}."
+    seeds = f"Seeds {', '.join(map(str, data['seeds']))}."
+
+    def note(name: str) -> str:
+        return f"{readable.ABOUT.get(name, readable.ON_TEST)} {seeds if name not in readable.SEEDLESS else ''} {made}"
+
+    beside = f"{claims.values()['verdict']['rule']} {note('paper')}"
+    found = {name: latex.Sheet(frames[name], title, note(name)) for name, title in readable.TITLES.items() if name != "paper"}
     return found | {f"paper-{name}": latex.Sheet(frame, title, beside) for name, (title, frame) in papers.items()}
 
 
