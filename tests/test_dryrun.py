@@ -211,14 +211,17 @@ def test_it_has_run_only_where_a_report_or_a_logged_command_shows_it(monkeypatch
     (tmp_path / "params" / "smoke.yaml").write_text(text)
     for part in ("base.yaml", "tasks", "experts", "models", "hardware"):
         (tmp_path / "params" / part).symlink_to(ROOT / "params" / part)
-    (tmp_path / "reports" / "published" / "smoke-run").mkdir(parents=True)
+    (tmp_path / "reports" / "smoke-run" / "report").mkdir(parents=True)
     log = tmp_path / "reports" / "log.md"
     log.write_text("`meml run params/never.yaml.old` and `meml run params/studies/never.yaml`")
     monkeypatch.chdir(tmp_path)
     smoke, never = config.load_study("params/smoke.yaml"), config.load_study("params/never.yaml")
     assert dryrun.evidence(smoke) == "none here" and dryrun.evidence(never) == "none. Never run by us."
-    (tmp_path / "reports" / "published" / "smoke-run" / "report.json").write_text("{}")
-    assert dryrun.evidence(smoke) == "reports/published/smoke-run"
+    report = tmp_path / "reports" / "smoke-run" / "report" / "report.json"
+    report.write_text('{"stages": [{"state": "not run"}]}')
+    assert dryrun.evidence(smoke) == "none here"
+    report.write_text('{"stages": [{"state": "not run"}, {"state": "done"}]}')
+    assert dryrun.evidence(smoke) == "reports/smoke-run/report"
     for command in ("`meml run params/never.yaml` on a fresh clone", "`X=x meml run params/never.yaml --jobs 1`"):
         log.write_text(command)
         assert dryrun.evidence(never) == "reports/log.md"

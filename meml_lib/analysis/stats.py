@@ -95,7 +95,7 @@ def half_width(values_SQ: ArrayLike) -> NDArray:
     squares of two limits instead of pooling the variances is the modified large-sample method (Burdick and Graybill,
     Confidence Intervals on Variance Components, 1992). The last term, the interval that questions alone give to the mean
     of the seeds, is the least: two or three seeds whose means happen to agree would else look certain. In simulations (tests/test_stats.py; right or wrong answers, 300
-    questions, 2 to 10 seeds) it covers 94 to 99 %: conservative where seeds hardly differ. The price is a wide interval
+    questions, 2 to 10 seeds) it covers 94 to 99.6 %: conservative where seeds hardly differ. The price is a wide interval
     at 2 seeds (t = 12.7). Narrower methods were tried and left (reports/log.md): pooling the variances falls to 89 % at
     2 seeds, and where the seeds' variance may be anything, nothing is much narrower. With one seed the interval holds
     the questions' variance alone.

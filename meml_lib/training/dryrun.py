@@ -5,6 +5,7 @@ The model is built from its public config on torch's `meta` device, whose tensor
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import weakref
@@ -259,9 +260,9 @@ def describe(study: config.Study) -> Iterator[str]:
 
 def evidence(study: config.Study) -> str:
     """Where this checkout shows that the study has run."""
-    for folder in (config.root() / "reports" / "published" / study.name, study.folder / "report"):
-        if (folder / "report.json").is_file():
-            return config.label_of(folder)
+    report = study.folder / "report" / "report.json"
+    if report.is_file() and any(stage["state"] == "done" for stage in json.loads(report.read_text())["stages"]):
+        return config.label_of(report.parent)
     log, file = config.root() / "reports" / "log.md", config.locate(study.params_file)
     logged = log.read_text(encoding="utf-8") if log.is_file() else ""
     if any(f"meml run {study.params_file}{end}" in logged for end in "` "):
