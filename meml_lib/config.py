@@ -531,7 +531,14 @@ def _study(
         params_file=label, name=name, folder=root() / reports_dir / name, run_params_file=run_label,
     )  # fmt: skip
     study._given, study._base, study._origins, study._extra = _overrides(given), base, values.origins, extra
-    panel = study.base_run().experts.panel
+    base_run = study.base_run()
+    panel = base_run.experts.panel
+    positions = [arm for arm in study.arms if "experts.only" in study.arms[arm].overrides]
+    if positions and base_run.sources["experts.only"] != "default":
+        raise ParamsError(
+            f"{base_run.sources['experts.only']}: experts.only is set for all arms, and by {', '.join(positions)} too:"
+            " positions are those of one panel; reorder or shorten experts.panel instead"
+        )
     for table, arm, against, measure in study.comparisons:
         if measure.startswith("expert-") and int(measure.removeprefix("expert-")) >= len(panel):
             place = values.origins.get(("compare", table, arm, against), label)

@@ -342,6 +342,13 @@ class RielParams(StageParams):
     objective: ObjectiveParams
 
     @model_validator(mode="after")
+    def _a_budget_does_not_cut_a_schedule(self):
+        set_ = [name for name, most in self.stop_at if most is not None]
+        if set_ and self.decay != "constant":
+            raise ValueError(f"stop_at.{set_[0]} would cut decay={self.decay} short of its end; use decay=constant")
+        return self
+
+    @model_validator(mode="after")
     def _buffer_can_fill(self):
         sft, group = self.objective.buffer_sft, self.rollouts_per_expert
         if sft is not None and not sft.wrong_over < group:

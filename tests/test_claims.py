@@ -199,7 +199,7 @@ def test_the_headline_is_relative_and_in_points_against_the_preferred_baseline()
         ("strong", GRPO, strong, 0.8),
     ):
         arms.append(arm(overrides, right_SQ=right, measure="best_validation", label=label))
-        arms[-1].validation = {"stage 2": validation}
+        arms[-1].validation = {"stage 2": dict.fromkeys(arms[-1].seeds["stage 2"], validation)}
         arms[-1].questions = {"stage 2": pd.Index(range(200))}
     points, relative = (row for row in claims.rows("headline", arms) if row["model"] == "qwen")
     assert (

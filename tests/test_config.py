@@ -367,3 +367,14 @@ def test_a_baseline_is_a_part_of_params_and_not_a_branch(tmp_path, part, scale, 
     objective = load_run(file).riel.objective
     assert (objective.grpo.advantage, objective.grpo.scale, objective.grpo.divide_by) == ("signed", scale, divide_by)
     assert objective.mutual is None and objective.buffer_sft is None
+
+
+def test_positions_set_for_all_arms_and_by_an_arm_are_refused():
+    with pytest.raises(ParamsError, match="experts.only is set for all arms, and by single, single-buffer too"):
+        load_study("params/studies/demo.yaml", ["experts.only=[1,2]"])
+    assert load_study("params/studies/smoke.yaml", ["experts.only=[1,2]"]).base_run().experts.panel == ("story", "groups")
+
+
+def test_a_budget_needs_a_constant_rate():
+    with pytest.raises(ParamsError, match="stop_at.update_tokens would cut decay=linear"):
+        load_run("params/smoke.yaml", {"riel.stop_at.update_tokens": 9, "riel.decay": "linear"})

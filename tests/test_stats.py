@@ -97,14 +97,16 @@ def test_p_without_any_variation():
     assert stats.crossed_mean(np.ones((2, 60)), share=True).p is None
 
 
-def test_holm_leaves_out_what_has_not_run():
-    corrected = stats.holm([0.02, None, 0.5, float("nan"), 0.01])
-    assert corrected == [pytest.approx(0.04), None, 0.5, None, pytest.approx(0.03)]
+def test_holm_counts_what_has_not_run():
+    corrected = stats.holm([0.02, None, 0.5, 0.01])
+    assert corrected == [pytest.approx(0.06), None, pytest.approx(1.0), pytest.approx(0.04)]
     assert stats.holm([None]) == [None]
     assert stats.holm([]) == []
     assert stats.holm([0.8, 0.9]) == [1.0, 1.0]
     with pytest.raises(ValueError, match="must lie in"):
         stats.holm([0.1, 1.2])
+    with pytest.raises(ValueError, match="must lie in"):
+        stats.holm([0.1, float("nan")])
 
 
 # Simulated studies. Questions and seeds are both random, drawn anew in every study; the truth is an arm's mean over all

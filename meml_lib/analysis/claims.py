@@ -45,7 +45,8 @@ def recipe(arm: ArmResult) -> dict[str, Any]:
 
     experts: how many. only_expert: the position, in the study's full panel, of an arm's one expert. whole_panel:
     several experts, none left out. budget: "paper" at the study's own G; "matched" where one expert draws as many
-    rollouts as the full panel would; else "other". buffer, mutual, advantage, scale: of eq. 10, if there is a stage 2.
+    rollouts as the full panel would; else "other". buffer, mutual, mutual_form, advantage, scale: of eq. 10, if there is a
+    stage 2.
     """
     objective, group, positions = arm.run.riel.objective, arm.run.riel.rollouts_per_expert, arm.positions
     one, everyone = len(positions) == 1, len(arm.full_panel)
@@ -56,7 +57,9 @@ def recipe(arm: ArmResult) -> dict[str, Any]:
     limited = any(limit is not None for _, limit in arm.run.riel.stop_at)
     if group != arm.group or limited:
         found["budget"] = "matched" if one and group == arm.group * everyone and not limited else "other"
-    found |= {"buffer": objective.buffer_sft is not None, "mutual": objective.mutual is not None}
+    found |= {"buffer": objective.buffer_sft is not None, "mutual": objective.mutual is not None and not one}
+    if found["mutual"]:
+        found["mutual_form"] = objective.mutual.form
     form = {"advantage": objective.grpo.advantage, "scale": objective.grpo.scale} if objective.grpo else {}
     return found | {"last_stage": "riel", **form}
 
@@ -169,10 +172,11 @@ def _ours(
     """(who, what we measured)."""
     about, _, name = (row["measure"] or "").rpartition("/")
     if about == "gain":
-        able = [other for other in _baselines(row, arms) if other.last in other.validation]
+        seeds = arm.seeds.get(arm.last, [])
+        able = [other for other in _baselines(row, arms) if set(seeds) <= other.validation.get(other.last, {}).keys()]
         if not able:
             return arm.label, None
-        best = max(able, key=lambda other: other.validation[other.last])
+        best = max(able, key=lambda other: sum(other.validation[other.last][seed] for seed in seeds))
         gain = paired(arm, best, "best_validation", relative=name == "relative")
         return f"{arm.label} against {best.label}", gain
     if about == "teachers":

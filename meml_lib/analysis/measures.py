@@ -52,8 +52,8 @@ class ArmResult:
     seeds: dict[str, list[int]] = field(default_factory=dict)
     questions: dict[str, pd.Index] = field(default_factory=dict)
     measures: dict[str, dict[str, Measured]] = field(default_factory=dict)
-    validation: dict[str, float] = field(default_factory=dict)
-    """Accuracy of the best expert on validation, mean over seeds; for choosing among arms."""
+    validation: dict[str, dict[int, float]] = field(default_factory=dict)
+    """Accuracy of the best expert on validation, of each seed; for choosing among arms."""
 
     @property
     def panel(self) -> list[str]:
@@ -117,7 +117,7 @@ def _read(result: ArmResult, runs: Mapping[int, config.Run]) -> ArmResult:
                 seeds = f"seeds {first} and {seed} were tested on different questions ({odd})"
                 raise ValueError(f"{result.arm}, {name}: {seeds}")
         result.seeds[name], result.questions[name] = list(each), questions
-        result.validation[name] = float(np.mean([best for _, _, best in each.values()]))
+        result.validation[name] = {seed: best for seed, (_, _, best) in each.items()}
         for key, (kind, *_) in measures.items():
             if all(key in found for _, found, _ in each.values()):
                 columns = zip(*(found[key][1:] for _, found, _ in each.values()), strict=True)

@@ -31,7 +31,7 @@ TITLES = {  # of every table, in the report's order
 }
 ON_TEST = "Percent on test questions; brackets: 95 % intervals."
 ABOUT = {  # of the tables that speak of something else than test questions
-    "prompts": "On held-out questions; brackets: Wilson's 95 % intervals over questions; one seed a row.",
+    "prompts": "On the questions of the split that stands there; brackets: Wilson's 95 % intervals over questions; one seed a row.",
     "training": "Training rollouts, means over the seeds.",
     "budgets": "Stage 2, means over the seeds.",
     "signs": "Training rollouts.",
@@ -208,7 +208,11 @@ def _budget_row(stages: Sequence[Record]) -> dict[str, Any]:
         return {"arm": stages[0]["label"], "seeds": 0, "steps": stages[0]["state"]}
     spent = {name: _mean_of(done, key) for key, name in {"steps": "steps", **BUDGETS}.items()}
     numbers = {name: None if mean is None else f"{mean:,.0f}" for name, mean in spent.items()}
-    return {"arm": stages[0]["label"], "seeds": len(done), **numbers}
+    limits = done[0]["training"].get("stop_at", {})
+    short = [str(s["seed"]) for s in done if limits and all(s["training"][key] < most for key, most in limits.items())]
+    asked = ", ".join(f"{most:,} {BUDGETS[key]}" for key, most in limits.items())
+    asked += f"; not reached with seed {', '.join(short)}" if short else ""
+    return {"arm": stages[0]["label"], "seeds": len(done), **numbers, "to stop at": asked or "—"}
 
 
 def _sign_rows(data: Record) -> Iterator[dict[str, Any]]:
@@ -231,7 +235,8 @@ def _sign_rows(data: Record) -> Iterator[dict[str, Any]]:
 
 
 def _prompt_row(row: Record) -> dict[str, Any]:
-    head = {"stage 1": ", ".join(row["experts"]), "seed": row["seed"], "prompt": row["prompt"], "n": row["n"]}
+    head = {"stage 1": ", ".join(row["experts"]), "seed": row["seed"], "prompt": row["prompt"]}
+    head |= {"questions": row["split"], "n": row["n"]}
     likeliest = {"own teacher's answer likeliest, %": stats.text({**row, "mean": row["share"]})}
     nats = {f"nats a token, {teacher}'s answers": f"{mean:.3f}" for teacher, mean in row["nats_per_token"].items()}
     return {**head, **likeliest, "by chance, %": f"{100 * row['chance']:.1f}", **nats}

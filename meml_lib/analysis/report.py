@@ -120,9 +120,10 @@ def _speaker(study: config.Study, arms: Sequence[str]) -> str:
 
 def _arm(result: ArmResult, stage1: str, differs: Mapping[str, Any]) -> dict[str, Any]:
     """stage1: the arm under which the scores of its stage 1 stand."""
+    seeds = result.validation.get(result.last)
     head = {"arm": result.arm, "label": result.label, "experts": result.panel, "stage1": stage1}
     head |= {"last_stage": "mef" if result.last == STAGES["mef"] else "riel"}
-    head |= {"kind": claims.kind(result), "validation": result.validation.get(result.last)}
+    head |= {"kind": claims.kind(result), "validation": float(np.mean(list(seeds.values()))) if seeds else None}
     return {**head, "tables": claims.tables_of(result), "differs": differs}
 
 
@@ -131,11 +132,11 @@ def _pairs(study: config.Study, results: Mapping[str, ArmResult]) -> Iterator[di
     ordered = sorted(study.comparisons, key=lambda c: (not c.table.startswith("table-"), c.table))  # the paper's first
     for table, comparisons in groupby(ordered, lambda comparison: comparison.table):
         found = [(c, measures.paired(results[c.arm], results[c.against], c.measure)) for c in comparisons]
-        corrected = stats.holm([difference.p if difference else 1.0 for _, difference in found])
+        corrected = stats.holm([difference and difference.p for _, difference in found])
         for (c, difference), p_holm in zip(found, corrected, strict=True):
             head = {"table": table, "arm": results[c.arm].label, "against": results[c.against].label}
             numbers = asdict(difference) if difference else {"mean": None}
-            yield {**head, "measure": c.measure, **numbers, "p_holm": p_holm if difference else None}
+            yield {**head, "measure": c.measure, **numbers, "p_holm": p_holm}
 
 
 def command(study: config.Study) -> str:
@@ -168,7 +169,8 @@ def _stage(study: config.Study, name: str, arm: str, seed: int, stage: config.St
     head = {"name": name, "label": label, "seed": seed, "stage": STAGES[stage], "folder": str(path)}
     facts = {"state": "not run" if state == "absent" else state, "message": message, "training": None, "signs": []}
     if done and stage == "riel":
-        facts["training"] = _training(folder.read_metrics())
+        limits = {name: most for name, most in run.riel.stop_at if most is not None}
+        facts["training"] = _training(folder.read_metrics()) | {"stop_at": limits}
         facts["signs"] = [asdict(sign) for sign in signs.replay(folder.metrics_from(0)[0], run.riel)]
     return {**head, **facts, **made}
 
@@ -220,8 +222,9 @@ def _prompts(study: config.Study) -> Iterator[dict[str, Any]]:
         if len(panel) > 1:
             table = folder.read_table("prompt_teacher")
             nats = overlap.nats_per_token(table).groupby(level="prompt").mean().to_dict("index")
+            of = {"experts": panel, "seed": seed, "split": table["split"].iloc[0]}
             for row in overlap.own_teacher_likeliest(table).to_dict("records"):
-                yield {"experts": panel, "seed": seed, "nats_per_token": nats[row["prompt"]], **row}
+                yield {**of, "nats_per_token": nats[row["prompt"]], **row}
 
 
 def _fullest(results: Sequence[ArmResult]) -> ArmResult:

@@ -69,19 +69,18 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """The p-values of one table's comparisons, corrected for their number; each in its place.
 
     Where all true differences are 0, the chance that any of them comes out below 0.05 is at most 5 %, however the
-    comparisons hang together. Those that have not run (None or NaN) stay None and do not count.
+    comparisons hang together. One that has not run (None) stays None, and counts: the family was decided beforehand.
     Raises: ValueError for a p-value outside [0, 1].
     Source: Holm, Scandinavian Journal of Statistics 6 (1979) 65-70, by statsmodels' multipletests.
 
-    >>> holm([0.01, None, 0.04, 0.03])  # 3 x 0.01; 2 x 0.03; 1 x 0.04, but never below a smaller one's
-    [0.03, None, 0.06, 0.06]
+    >>> holm([0.01, None, 0.04, 0.02])  # 4 x 0.01; 3 x 0.02; 2 x 0.04; never below a smaller one's
+    [0.04, None, 0.08, 0.06]
     """
-    ran = {place: p for place, p in enumerate(p_values) if p is not None and not np.isnan(p)}
-    if not all(0 <= p <= 1 for p in ran.values()):
-        raise ValueError(f"p_values={list(ran.values())} must lie in [0, 1]")
-    corrected = multipletests(list(ran.values()), method="holm")[1].tolist() if ran else []
-    by_place = dict(zip(ran, corrected, strict=True))
-    return [by_place.get(place) for place in range(len(p_values))]
+    family = [1.0 if p is None else p for p in p_values]
+    if not all(0 <= p <= 1 for p in family):
+        raise ValueError(f"p_values={list(p_values)} must lie in [0, 1]")
+    corrected = multipletests(family, method="holm")[1].tolist() if family else []
+    return [None if p is None else whole for p, whole in zip(p_values, corrected, strict=True)]
 
 
 def half_width(values_SQ: ArrayLike) -> NDArray:

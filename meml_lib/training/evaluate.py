@@ -90,16 +90,24 @@ def prompt_teacher(
 ) -> pd.DataFrame:
     """How likely each teacher's answers are under each expert's prompt: whether stage 1 made the experts distinct.
 
-    On as many validation questions as `evaluate` asks for, or on training questions where not all teachers answered those.
+    On those of the first `evaluate.validation_questions` validation questions that all teachers answered; where there is none (tables of
+    answers to training questions), on training questions.
     Returns: question_id, split, prompt, teacher (names of experts), logp (nats, over the answer), tokens.
+    Raises: ValueError if no question was answered by all teachers.
     """
     import pandas as pd
 
     for split in ("validation", "train"):
-        questions = task.questions(split)[: p.evaluate.validation_questions]
+        questions = task.questions(split)
+        questions = questions[: p.evaluate.validation_questions] if split == "validation" else questions
         answers = experts.teacher_answers(task, panel, questions=questions)
-        if set(answers["expert"]) == {expert.name for expert in panel}:
+        by_all = answers.groupby("question_id")["expert"].transform("nunique") == len(panel)
+        asked_ids = list(dict.fromkeys(answers.loc[by_all, "question_id"]))[: p.evaluate.validation_questions]
+        if asked_ids:
             break
+    else:
+        raise ValueError(f"no training question was answered by all teachers of {[expert.name for expert in panel]}")
+    answers = answers[answers["question_id"].isin(asked_ids)]
     text_of = {question.id: question.text for question in questions}
     firsts = answers[answers["sample"] == 0][["question_id", "expert", "text"]].itertuples(index=False)
     asked = [(q, expert, teacher, text) for q, teacher, text in firsts for expert in panel]
