@@ -85,6 +85,13 @@ def test_two_experts_and_supervised_arms_have_rows_of_their_own():
     assert set(fitting(arm({"experts.only": [1]}, last="stage 1"))) == {"table-2"}
     spent = {"experts.only": [0], "riel.stop_at.rollouts": 9}
     assert set(fitting(arm(GRPO | spent))) == {"table-2"}  # a budget of its own is not the paper's
+    longer = arm(GRPO)
+    longer.asked = 7  # the study's; this arm takes 3 steps of 2 questions
+    assert "table-4" not in fitting(longer)
+    longer.asked = 6
+    assert "table-4" in fitting(longer)
+    assert "table-4" not in fitting(arm({"riel.objective.mutual.form": "literal"}))  # eq. 9's other form is another method
+    assert fitting(arm({"experts.only": [1]})) == fitting(arm({"experts.only": [1], "riel.objective.mutual": None}))
 
 
 def test_ours_is_the_expert_at_that_position():

@@ -44,7 +44,7 @@ def recipe(arm: ArmResult) -> dict[str, Any]:
     """What paper.yaml knows a method by.
 
     experts: how many. only_expert: the position, in the study's full panel, of an arm's one expert. whole_panel:
-    several experts, none left out. budget: "paper" at the study's own G; "matched" where one expert draws as many
+    several experts, none left out. budget: "paper" at the study's own G and number of questions; "matched" where one expert draws as many
     rollouts as the full panel would; else "other". buffer, mutual, mutual_form, advantage, scale: of eq. 10, if there is a
     stage 2.
     """
@@ -55,6 +55,7 @@ def recipe(arm: ArmResult) -> dict[str, Any]:
     if arm.last == "stage 1":
         return found | {"last_stage": "mef"}
     limited = any(limit is not None for _, limit in arm.run.riel.stop_at)
+    limited |= arm.asked not in (None, arm.run.riel.steps * arm.run.riel.questions_per_step)
     if group != arm.group or limited:
         found["budget"] = "matched" if one and group == arm.group * everyone and not limited else "other"
     found |= {"buffer": objective.buffer_sft is not None, "mutual": objective.mutual is not None and not one}

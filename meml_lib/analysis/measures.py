@@ -49,6 +49,8 @@ class ArmResult:
     """The study's G, rollouts of an expert to a question, before any arm changes it."""
     last: str = "stage 2"
     """The stage after which the arm is judged; stage 1 for supervised fine-tuning only."""
+    asked: int | None = None
+    """The study's questions of stage 2, steps x questions a step, before any arm changes it; None: the run's own."""
     seeds: dict[str, list[int]] = field(default_factory=dict)
     questions: dict[str, pd.Index] = field(default_factory=dict)
     measures: dict[str, dict[str, Measured]] = field(default_factory=dict)
@@ -90,7 +92,8 @@ def of_arm(study: config.Study, name: str) -> ArmResult:
     base, arm = study.base_run(), study.arms[name]
     runs = {seed: study.run(name, seed) for seed in study.seeds}
     run, group = next(iter(runs.values())), base.riel.rollouts_per_expert
-    return _read(ArmResult(name, arm.label, run, base.experts.panel, group, STAGES[arm.last_stage]), runs)
+    asked = base.riel.steps * base.riel.questions_per_step
+    return _read(ArmResult(name, arm.label, run, base.experts.panel, group, STAGES[arm.last_stage], asked), runs)
 
 
 def of_run(p: config.Run) -> ArmResult:
