@@ -113,18 +113,23 @@ def test_a_pass_without_content_takes_what_the_same_pass_takes_on_a_cpu(policy):
         assert told > 3 * rows * (answer + 1) * empty.config.vocab_size * 4  # logits, and their gradients' parts
 
 
+def taken(vocabulary: int, rows: int, answer: int, heads: int = 2) -> int:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": heads}
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=True, **sizes))
+    return dryrun.pass_bytes(model, rows, 16, answer)
+
+
 def test_a_pass_grows_with_its_rows_and_with_the_vocabulary():
-    def taken(vocabulary: int, rows: int) -> int:
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-        with torch.device("meta"):
-            model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=True, **sizes))
-        return dryrun.pass_bytes(model, rows, 16, 64)
-
-    assert taken(50_000, 8) == pytest.approx(2 * taken(50_000, 4), rel=0.15)
-    copies = (taken(50_000, 8) - taken(25_000, 8)) / (8 * 65 * 25_000 * 4)
+    assert taken(50_000, 8, 64) == pytest.approx(2 * taken(50_000, 4, 64), rel=0.15)
+    copies = (taken(50_000, 8, 64) - taken(25_000, 8, 64)) / (8 * 65 * 25_000 * 4)
     assert 3 <= copies <= 5  # float32 copies of the logits that are alive at once
+
+
+def test_a_pass_keeps_no_attention_probabilities_of_each_head():
+    assert taken(16, 2, 500, heads=16) < 1.2 * taken(16, 2, 500, heads=1)
 
 
 def test_an_answer_that_leaves_no_room_for_a_prompt_is_an_error():
