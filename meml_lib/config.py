@@ -325,6 +325,7 @@ class Run(schema.RunParams):
         read = {key: values[key] for key in ("task", "experts", "model", "sampling", *own, "evaluate", "seed")}
         read["experts"]["known"] = {name: values["experts"]["known"][name] for name in self.experts.panel}
         del read["sampling"]["rows_per_batch"]
+        read["model"].pop("config", None)  # a dry run's; a run reads the model's own
         return read
 
     def rows(self) -> list[tuple[str, Any, str]]:

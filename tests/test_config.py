@@ -378,3 +378,8 @@ def test_positions_set_for_all_arms_and_by_an_arm_are_refused():
 def test_a_budget_needs_a_constant_rate():
     with pytest.raises(ParamsError, match="stop_at.update_tokens would cut decay=linear"):
         load_run("params/smoke.yaml", {"riel.stop_at.update_tokens": 9, "riel.decay": "linear"})
+
+
+def test_the_config_of_a_dry_run_makes_no_result_stale():
+    p, other = (load_run("paper-qwen-gsm8k.yaml", {"model.config.num_hidden_layers": n}) for n in (28, 2))
+    assert p.model.config != other.model.config and p.reads("mef") == other.reads("mef")

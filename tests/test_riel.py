@@ -215,7 +215,12 @@ def test_mutual_learning_moves_the_worst_expert_as_its_form_says(trained, task, 
 
 def test_every_teachers_answers_are_scored_under_every_prompt(trained, task, panel, tmp_path):
     p = SimpleNamespace(evaluate=SimpleNamespace(validation_questions=4), hardware=SimpleNamespace(micro_batch_tokens=90))
-    table = evaluate.prompt_teacher(p, trained, task, panel, Accelerator(cpu=True))
+
+    def likelihoods(panel):
+        answers = evaluate.answered_by_all_teachers(p, task, panel)
+        return evaluate.prompt_teacher(p, trained, task, panel, answers, Accelerator(cpu=True))
+
+    table = likelihoods(panel)
     assert list(table["split"].unique()) == ["validation"]
     assert list(table["question_id"].unique()) == [question.id for question in task.questions("validation")[:4]]
     assert len(table) == 4 * 3 * 3 and not table.duplicated(["question_id", "prompt", "teacher"]).any()
@@ -234,8 +239,11 @@ def test_every_teachers_answers_are_scored_under_every_prompt(trained, task, pan
     asked = task.questions("train")[:2]
     pd.DataFrame({"question_id": [q.id for q in asked], "expert": "x", "text": "#### 1"}).to_csv(file, index=False)
     other = dataclasses.replace(panel[0], teacher=schema.TableTeacher(kind="table", path=str(file), column_value="x"))
-    table = evaluate.prompt_teacher(p, trained, task, experts.Panel([other, panel[1]]), Accelerator(cpu=True))
+    table = likelihoods(experts.Panel([other, panel[1]]))
     assert list(table["split"].unique()) == ["train"] and (table["teacher"] == "equations").sum() == 2 * 2
+    pd.DataFrame({"question_id": ["none"], "expert": "x", "text": "#### 1"}).to_csv(file, index=False)
+    with pytest.raises(ValueError, match=r"\['equations', 'story'\] have no answered question in common"):
+        likelihoods(experts.Panel([other, panel[1]]))
 
 
 def test_two_processes_make_the_update_of_one(tmp_path):

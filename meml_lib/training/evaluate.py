@@ -84,19 +84,13 @@ def measure(p: RunParams, policy: Policy, task: Task, panel: Sequence[Expert], a
     return tables
 
 
-@torch.no_grad()
-def prompt_teacher(
-    p: RunParams, policy: Policy, task: Task, panel: Sequence[Expert], accelerator: Accelerator
-) -> pd.DataFrame:
-    """How likely each teacher's answers are under each expert's prompt: whether stage 1 made the experts distinct.
+def answered_by_all_teachers(p: RunParams, task: Task, panel: Sequence[Expert]) -> pd.DataFrame:
+    """Teachers' answers to compare under all prompts: question_id, expert, text, split.
 
-    On those of the first `evaluate.validation_questions` validation questions that all teachers answered; where there is none (tables of
-    answers to training questions), on training questions.
-    Returns: question_id, split, prompt, teacher (names of experts), logp (nats, over the answer), tokens.
-    Raises: ValueError if no question was answered by all teachers.
+    To those of the first `evaluate.validation_questions` validation questions that all teachers answered; where there is
+    none (tables of answers to training questions), to as many training questions.
+    Raises: ValueError if all teachers have no question in common.
     """
-    import pandas as pd
-
     for split in ("validation", "train"):
         questions = task.questions(split)
         questions = questions[: p.evaluate.validation_questions] if split == "validation" else questions
@@ -106,10 +100,26 @@ def prompt_teacher(
         if asked_ids:
             break
     else:
-        raise ValueError(f"no training question was answered by all teachers of {[expert.name for expert in panel]}")
-    answers = answers[answers["question_id"].isin(asked_ids)]
-    text_of = {question.id: question.text for question in questions}
-    firsts = answers[answers["sample"] == 0][["question_id", "expert", "text"]].itertuples(index=False)
+        names = [expert.name for expert in panel]
+        raise ValueError(f"the teachers of {names} have no answered question in common: give each an answer to at least one")
+    kept = answers["question_id"].isin(asked_ids) & (answers["sample"] == 0)
+    return answers.loc[kept, ["question_id", "expert", "text"]].assign(split=split)
+
+
+@torch.no_grad()
+def prompt_teacher(
+    p: RunParams, policy: Policy, task: Task, panel: Sequence[Expert], answers: pd.DataFrame, accelerator: Accelerator
+) -> pd.DataFrame:
+    """How likely each teacher's answers are under each expert's prompt: whether stage 1 made the experts distinct.
+
+    Args: answers: of `answered_by_all_teachers`.
+    Returns: question_id, split, prompt, teacher (names of experts), logp (nats, over the answer), tokens.
+    """
+    import pandas as pd
+
+    split = answers["split"].iloc[0]
+    text_of = {question.id: question.text for question in task.questions(split)}
+    firsts = answers[["question_id", "expert", "text"]].itertuples(index=False)
     asked = [(q, expert, teacher, text) for q, teacher, text in firsts for expert in panel]
     share = asked[accelerator.process_index :: accelerator.num_processes]
     rows = [Row(policy.prompt_ids(e.system, text_of[q]), policy.answer_ids(text)) for q, e, _, text in share]

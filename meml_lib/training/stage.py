@@ -42,6 +42,7 @@ def run(stage: config.Stage, p: config.Run, on_record: OnRecord | None = None) -
     if stage == "mef":
         words = [*task.words(), *(word for expert in panel for word in expert.system.split())]
         learned = policy.load(p.model, device=device, words=words, seed=p.seed)
+        compared = evaluate.answered_by_all_teachers(p, task, panel)  # before training: it may have to refuse
         answers = experts.teacher_answers(task, panel)
         if accelerator.is_main_process:
             folder.write_table("teacher_answers", answers)
@@ -75,7 +76,7 @@ def run(stage: config.Stage, p: config.Run, on_record: OnRecord | None = None) -
 
     tables = evaluate.measure(p, learned, task, panel, accelerator)
     if stage == "mef":
-        tables["prompt_teacher"] = evaluate.prompt_teacher(p, learned, task, panel, accelerator)
+        tables["prompt_teacher"] = evaluate.prompt_teacher(p, learned, task, panel, compared, accelerator)
     if accelerator.is_main_process:
         if stage == "riel":
             tables["rollouts"] = _table(rollouts)
