@@ -170,8 +170,9 @@ def _stage(study: config.Study, name: str, arm: str, seed: int, stage: config.St
     facts = {"state": "not run" if state == "absent" else state, "message": message, "training": None, "signs": []}
     if done and stage == "riel":
         limits = {name: most for name, most in run.riel.stop_at if most is not None}
-        facts["training"] = _training(folder.read_metrics()) | {"stop_at": limits}
-        facts["signs"] = [asdict(sign) for sign in signs.replay(folder.metrics_from(0)[0], run.riel)]
+        metrics = folder.read_metrics()
+        facts["training"] = _training(metrics) | {"stop_at": limits}
+        facts["signs"] = [asdict(sign) for sign in signs.replay(metrics.to_dict("records"), run.riel)]
     return {**head, **facts, **made}
 
 

@@ -121,19 +121,17 @@ def prompt_teacher(
     text_of = {question.id: question.text for question in task.questions(split)}
     firsts = answers[["question_id", "expert", "text"]].itertuples(index=False)
     asked = [(q, expert, teacher, text) for q, teacher, text in firsts for expert in panel]
-    share = asked[accelerator.process_index :: accelerator.num_processes]
-    rows = [Row(policy.prompt_ids(e.system, text_of[q]), policy.answer_ids(text)) for q, e, _, text in share]
+    share = list(enumerate(asked))[accelerator.process_index :: accelerator.num_processes]
+    rows = [Row(policy.prompt_ids(e.system, text_of[q]), policy.answer_ids(text)) for _, (q, e, _, text) in share]
     found = []
     policy.model.eval()
     for batch in micro_batches([row.tokens for row in rows], p.hardware.micro_batch_tokens):
         logp_NT, mask_NT = policy.score([rows[n] for n in batch])
         for n, logp in zip(batch, logp_NT.masked_fill(~mask_NT, 0.0).sum(-1).tolist(), strict=True):
-            question_id, expert, teacher, _ = share[n]
+            place, (question_id, expert, teacher, _) = share[n]
             head = {"question_id": question_id, "split": split, "prompt": expert.name, "teacher": teacher}
-            found.append(head | {"logp": logp, "tokens": len(rows[n].answer)})
-    place = {(q, expert.name, teacher): n for n, (q, expert, teacher, _) in enumerate(asked)}
-    rows_of_all = gather_object(found)
-    return pd.DataFrame(sorted(rows_of_all, key=lambda row: place[row["question_id"], row["prompt"], row["teacher"]]))
+            found.append((place, head | {"logp": logp, "tokens": len(rows[n].answer)}))
+    return pd.DataFrame([row for _, row in sorted(gather_object(found), key=lambda numbered: numbered[0])])
 
 
 def accuracy(table: pd.DataFrame) -> dict[str, float]:
