@@ -147,6 +147,15 @@ def test_a_job_that_did_not_do_its_work_has_failed(project, capsys, cell, messag
         assert "[00_experts] one" in capsys.readouterr().out
 
 
+def test_a_kernel_opens_no_network_port(project, capsys):
+    """Two jobs that start at the same time drew the same free port about once in 70 starts; sockets are files."""
+    transport = "from ipykernel.connect import get_connection_info\nprint(get_connection_info(unpack=True)['transport'])"
+    project("00_experts", RUN, P, transport, TABLE.format("teacher_answers"))
+    jobs = graph.jobs(study())
+    execute.execute(jobs["00_experts"], jobs)
+    assert "[00_experts] ipc\n" in capsys.readouterr().out
+
+
 def test_a_misspelt_parameter_fails_in_the_first_cells(project):
     project("00_experts", RUN.replace("overrides", "overide"), P, TABLE.format("teacher_answers"))
     jobs = graph.jobs(study())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,6 +72,7 @@ def _run_notebook(job: graph.Job, folder: RunFolder) -> None:
     import papermill
     from nbclient.exceptions import CellControlSignal, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
+    from traitlets.config import Config
 
     lines = _Lines(job)
 
@@ -83,7 +85,9 @@ def _run_notebook(job: graph.Job, folder: RunFolder) -> None:
         )
 
     try:
-        with _stderr_to(folder.path / "kernel.log"):
+        # Sockets in a folder of its own: jobs that start at the same time could draw the same free TCP port.
+        with tempfile.TemporaryDirectory(prefix="meml-") as sockets, _stderr_to(folder.path / "kernel.log"):
+            kernel = {"transport": "ipc", "connection_file": f"{sockets}/kernel.json"}
             notebook = papermill.execute_notebook(
                 config.root() / job.notebook,
                 job.executed,
@@ -96,6 +100,7 @@ def _run_notebook(job: graph.Job, folder: RunFolder) -> None:
                 stdout_file=lines,
                 coalesce_streams=True,
                 iopub_timeout=60,
+                config=Config(KernelManager=kernel),
             )
     except PapermillExecutionError as error:
         raise failure(error.cell_index, f"{error.ename}: {error.evalue}") from error
