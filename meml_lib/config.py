@@ -9,6 +9,7 @@ import ast
 import difflib
 import html
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,8 +45,13 @@ def root() -> Path:
 
 
 def locate(path: str | Path) -> Path:
-    """A file that a value names: from the working directory where it stands there, else from the project folder."""
-    path = Path(path).expanduser()
+    """A file that a value names: from the working directory where it stands there, else from the project folder.
+
+    Raises: ValueError for a $VARIABLE in it that is not set.
+    """
+    path = Path(os.path.expandvars(path)).expanduser()
+    if path.parts and path.parts[0].startswith("$"):
+        raise ValueError(f"{path}: {path.parts[0]} is not set in the environment: set it to the folder that is meant")
     return path.absolute() if path.is_absolute() or path.exists() else root() / path
 
 

@@ -6,6 +6,7 @@ The values themselves live in `params/`; `config` composes the files and validat
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import (
@@ -16,6 +17,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
@@ -80,7 +82,22 @@ class JsonlParams(Section):
     split_seed: NonNegativeInt
 
 
-TaskParams = Annotated[WordProblemsParams | ReleasedParams | JsonlParams, Field(discriminator="name")]
+class Gsm8kResplitParams(Section):
+    """GSM8K's 1,319 TEST questions, split anew by question: for answers that were published for these alone. Not
+    comparable with any result on GSM8K's own test split."""
+
+    name: Literal["gsm8k-test-resplit"]
+    source: Literal["auto", "files", "hub"]
+    train_questions: PositiveInt | None
+    """At most this many training questions, drawn with split_seed; null: all that the other two splits leave."""
+    validation_questions: PositiveInt
+    test_questions: PositiveInt
+    split_seed: NonNegativeInt
+
+
+TaskParams = Annotated[
+    WordProblemsParams | ReleasedParams | Gsm8kResplitParams | JsonlParams, Field(discriminator="name")
+]
 
 
 # --- experts ----------------------------------------------------------------------------------------------------------
@@ -98,21 +115,105 @@ class DerivedTeacher(Section):
     """Share of the questions with such an event in which it makes its mistake."""
 
 
-class TableTeacher(Section):
-    """A teacher whose answers stand in a table (parquet, CSV or JSONL with question_id, expert, text)."""
+class HubTable(Section):
+    """A data set of answers on the hub, or in a local folder that `datasets.load_dataset` reads."""
+
+    name: Text
+    config: Text | None = None
+    split: Text = "train"
+
+
+class ColumnsParams(Section):
+    """Where a table of answers holds what. A value with braces is a template over the row, as for `str.format`:
+    "gsm8k-test-{question_row}", "{gpt[solution]}"; without, it is a column's name."""
+
+    question_id: Text | None = "question_id"
+    """The task's id of the question; null: the question is found by its text."""
+    question: Text | None = None
+    """The question's text; read only where question_id is null. Case and spaces do not count."""
+    text: Text = "text"
+    """The answer, final answer included."""
+    reasoning: Text | None = None
+    """What the teacher thought before it answered; null: not apart. <think>..</think> at a text's start is set apart anyway."""
+    ended: Text | None = None
+    """true, "stop" or "eos": the answer is whole; any other value: it was cut off. null: all are whole."""
+
+    @model_validator(mode="after")
+    def _the_question_is_named_once(self):
+        if (self.question_id is None) == (self.question is None):
+            raise ValueError("give one of columns.question_id and columns.question; set question_id: null to find by text")
+        return self
+
+
+class _Answers(Section):
+    model: Text
+    """Who wrote the answers, e.g. deepseek-r1: what is asked for, and what the report compares with the paper's teachers."""
+    reasoning: Literal["drop", "prepend"] = "drop"
+    """prepend: stage 1 learns "<think>reasoning</think>" before the answer. The paper does not say."""
+
+
+class TableTeacher(_Answers):
+    """A teacher whose answers stand in a table: parquet, CSV, JSONL, or a data set of the hub."""
 
     kind: Literal["table"]
+    path: Text | None = None
+    """Exactly one of path and hub. $MEML_DATA_DIR is replaced by its value."""
+    hub: HubTable | None = None
+    where: dict[str, str | int | float | bool] = {}
+    """Column -> value of the rows that are this teacher's; {}: all rows."""
+    columns: ColumnsParams = ColumnsParams()
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        if (self.path is None) == (self.hub is None):
+            raise ValueError(f"give exactly one of path={self.path!r} and hub={self.hub!r}")
+        return self
+
+
+class PriceParams(Section):
+    """What an endpoint charges, in the currency of collect.budget.money, per million tokens."""
+
+    input: NonNegativeFloat
+    output: NonNegativeFloat
+    """Of reasoning and answer tokens."""
+
+
+class ApiTeacher(_Answers):
+    """A teacher that is asked over an OpenAI-compatible API, by `meml collect FILE` or notebook 00_experts."""
+
+    kind: Literal["api"]
     path: Text
-    column_value: Text
-    """The value of the table's `expert` column that marks this teacher's rows."""
+    """JSONL to which each answer is appended as it arrives; teachers may share it. Asked again only if a value of the
+    request changes: model, system, temperature, top_p, max_answer_tokens, extra, or the question's text."""
+    base_url: Annotated[str, Field(pattern=r"^https?://[^@\s]+$")]
+    """e.g. https://api.deepseek.com/v1; no credentials in it."""
+    key_from: str | None
+    """NAME of the environment variable that holds the API key, never the key; null: the endpoint asks for none."""
+    system: Text | None = None
+    """What the teacher is told before the question (the expert's own prompt is not shown to it); null: nothing."""
+    samples: PositiveInt = 1
+    """Answers to each question."""
+    temperature: NonNegativeFloat | None = None
+    """null: the endpoint's own, as for all values of the request."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    max_answer_tokens: PositiveInt
+    """Reasoning included; a longer answer is cut off, and counts as unreadable."""
+    extra: dict[str, object] = {}
+    """More fields of the request's body, e.g. {thinking: {type: enabled}}."""
+    replies_as: Text | None = None
+    """The model that replies name where that is another one than `model` (an alias, an Ark endpoint)."""
+    price: PriceParams | None = None
+    """null: not known; then collect.budget.money must be null."""
+
+    @field_validator("key_from", mode="before")
+    @classmethod
+    def _a_name_is_no_key(cls, value):
+        if value is not None and not (isinstance(value, str) and re.fullmatch(r"[A-Z][A-Z0-9_]{0,63}", value)):
+            raise ValueError("must name an environment variable (capitals, digits, underscores), e.g. OPENAI_API_KEY")
+        return value
 
 
-class PublishedTeacher(Section):
-    """One of the four language models whose answers to GSM8K's TEST questions were released with it: to compare, not to
-    train on (stage 1 finds no answer of theirs to a training question). Needs MEML_DATA_DIR."""
-
-    kind: Literal["published"]
-    model: Literal["6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification"]
+Teacher = Annotated[DerivedTeacher | TableTeacher | ApiTeacher, Field(discriminator="kind")]
 
 
 class ExpertParams(Section):
@@ -120,7 +221,7 @@ class ExpertParams(Section):
 
     system: Text
     """System prompt. Paper: "You are Expert i, ..." (only paraphrases are known)."""
-    teacher: Annotated[DerivedTeacher | TableTeacher | PublishedTeacher, Field(discriminator="kind")]
+    teacher: Teacher
 
 
 class ExpertsParams(Section):
@@ -255,7 +356,13 @@ class MefParams(StageParams):
     """Stage 1, multi-expert supervised fine-tuning (eq. 4)."""
 
     keep: Literal["all", "right"]
-    """Which teachers' answers are trained on. Eq. 4 as printed keeps wrong ones: all."""
+    """Which teachers' answers are trained on. Eq. 4 as printed keeps wrong ones: all. Cut-off and empty ones never are."""
+    max_answer_tokens: PositiveInt | None
+    """Longer answers are left out of training; null: none is."""
+    answers_per_question: PositiveInt | None
+    """At most this many of an expert's answers to one question, the first that the other filters leave; null: all."""
+    allow_test_questions: bool
+    """false: training answers that hold a question of the test split are an error."""
     epochs: PositiveFloat | None
     """Passes over the teachers' answers. Exactly one of epochs and steps. Paper: 1 epoch."""
     steps: PositiveInt | None
@@ -356,6 +463,33 @@ class RielParams(StageParams):
         return self
 
 
+# --- collecting -------------------------------------------------------------------------------------------------------
+
+
+class BudgetParams(Section):
+    """Where collecting stops, over all runs that wrote to the same files; null: no limit. A request starts only if its
+    longest possible answer still fits."""
+
+    requests: PositiveInt | None
+    """HTTP requests, the client's retries included."""
+    tokens: PositiveInt | None
+    """Prompt and answer tokens, as the endpoints count them."""
+    money: PositiveFloat | None
+    """In the currency of the teachers' prices."""
+
+
+class CollectParams(Section):
+    """How answers are asked of `kind: api` teachers. None of it changes an answer."""
+
+    concurrency: PositiveInt
+    """Requests under way at a time, over all teachers."""
+    timeout_s: PositiveFloat
+    """Of one request."""
+    retries: NonNegativeInt
+    """Of one request that failed for a passing reason (429, 5xx, a dropped connection, silence)."""
+    budget: BudgetParams
+
+
 # --- evaluation, hardware, run ----------------------------------------------------------------------------------------
 
 
@@ -390,6 +524,7 @@ class RunParams(Section):
     task: TaskParams
     experts: ExpertsParams
     model: ModelParams
+    collect: CollectParams
     sampling: SamplingParams
     mef: MefParams
     riel: RielParams
