@@ -67,7 +67,7 @@ def trained(task, panel):
     questions = task.questions("train")[:12]
     rows = mef.rows_of(learned, panel, questions, experts.teacher_answers(task, panel, questions=questions))
     params = schema.MefParams(
-        keep="all", epochs=None, steps=60, answers_per_step=18, **dict(ADAMW), validate_every=None, patience=None
+        keep="all", max_answer_tokens=None, answers_per_question=None, allow_test_questions=False, epochs=None, steps=60, answers_per_step=18, **dict(ADAMW), validate_every=None, patience=None
     )
     losses = [record["loss"] for record in mef.train(params, learner_of(learned, steps=60), rows, seed=0)]
     assert losses[-1] < 0.6 * losses[0]
