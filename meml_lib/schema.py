@@ -185,10 +185,12 @@ class ApiTeacher(_Answers):
     path: Text
     """JSONL to which each answer is appended as it arrives; teachers may share it. Asked again only if a value of the
     request changes: model, system, temperature, top_p, max_answer_tokens, extra, or the question's text."""
-    base_url: Annotated[str, Field(pattern=r"^https?://[^@\s]+$")]
+    base_url: str
     """e.g. https://api.deepseek.com/v1; no credentials in it."""
     key_from: str | None
     """NAME of the environment variable that holds the API key, never the key; null: the endpoint asks for none."""
+    api_model: Text | None = None
+    """The endpoint's own name of the model, e.g. deepseek-reasoner; null: `model`."""
     system: Text | None = None
     """What the teacher is told before the question (the expert's own prompt is not shown to it); null: nothing."""
     samples: PositiveInt = 1
@@ -199,9 +201,10 @@ class ApiTeacher(_Answers):
     max_answer_tokens: PositiveInt
     """Reasoning included; a longer answer is cut off, and counts as unreadable."""
     extra: dict[str, object] = {}
-    """More fields of the request's body, e.g. {thinking: {type: enabled}}."""
+    """More fields of the request's body, e.g. {thinking: {type: enabled}}; null takes a field out of it. Where an endpoint
+    wants the limit under its newer name: {max_tokens: null, max_completion_tokens: 8192}."""
     replies_as: Text | None = None
-    """The model that replies name where that is another one than `model` (an alias, an Ark endpoint)."""
+    """The model that replies name where that is another one than was asked for (an alias, an Ark endpoint)."""
     price: PriceParams | None = None
     """null: not known; then collect.budget.money must be null."""
 
@@ -210,6 +213,20 @@ class ApiTeacher(_Answers):
     def _a_name_is_no_key(cls, value):
         if value is not None and not (isinstance(value, str) and re.fullmatch(r"[A-Z][A-Z0-9_]{0,63}", value)):
             raise ValueError("must name an environment variable (capitals, digits, underscores), e.g. OPENAI_API_KEY")
+        return value
+
+    @field_validator("base_url", mode="before")
+    @classmethod
+    def _no_credentials(cls, value):
+        if not (isinstance(value, str) and re.fullmatch(r"https?://[^@?\s]+", value)):  # a message would show the value
+            raise ValueError("must be http(s)://HOST/PATH without user, password, query or key")
+        return value
+
+    @field_validator("extra")
+    @classmethod
+    def _one_whole_answer(cls, value):
+        if taken := sorted(value.keys() & {"model", "messages", "n", "stream"}):
+            raise ValueError(f"must not set {taken}: one whole answer of `model` is asked for at a time")
         return value
 
 
@@ -531,6 +548,13 @@ class RunParams(Section):
     evaluate: EvaluateParams
     hardware: HardwareParams
     seed: NonNegativeInt
+
+    @model_validator(mode="after")
+    def _money_needs_prices(self):
+        for name in self.experts.panel if self.collect.budget.money else ():
+            if isinstance(teacher := self.experts.known[name].teacher, ApiTeacher) and teacher.price is None:
+                raise ValueError(f"collect.budget.money needs experts.known.{name}.teacher.price, which is null")
+        return self
 
 
 class ArmParams(Section):
