@@ -36,7 +36,8 @@ def main(out: str) -> None:
     learned = policy.load(size, device="cpu", words=words, seed=0)
     rows = mef.rows_of(learned, panel, task.questions("train"), experts.teacher_answers(task, panel))
     params = schema.MefParams(
-        keep="all", max_answer_tokens=None, answers_per_question=None, allow_test_questions=False, epochs=None, steps=30, answers_per_step=15, validate_every=None, patience=None,
+        keep="all", max_answer_tokens=None, answers_per_question=None, allow_test_questions=False,
+        epochs=None, steps=30, answers_per_step=15, validate_every=None, patience=None,
         **dict(learner_of(learned).params),
     )  # fmt: skip
     for _ in mef.train(params, learner_of(learned, accelerator), rows, seed=0):

@@ -67,7 +67,8 @@ def trained(task, panel):
     questions = task.questions("train")[:12]
     rows = mef.rows_of(learned, panel, questions, experts.teacher_answers(task, panel, questions=questions))
     params = schema.MefParams(
-        keep="all", max_answer_tokens=None, answers_per_question=None, allow_test_questions=False, epochs=None, steps=60, answers_per_step=18, **dict(ADAMW), validate_every=None, patience=None
+        keep="all", max_answer_tokens=None, answers_per_question=None, allow_test_questions=False,
+        epochs=None, steps=60, answers_per_step=18, **dict(ADAMW), validate_every=None, patience=None
     )
     losses = [record["loss"] for record in mef.train(params, learner_of(learned, steps=60), rows, seed=0)]
     assert losses[-1] < 0.6 * losses[0]
@@ -237,11 +238,11 @@ def test_every_teachers_answers_are_scored_under_every_prompt(trained, task, pan
 
     file = tmp_path / "answers.csv"  # a teacher of training questions alone
     asked = task.questions("train")[:2]
-    pd.DataFrame({"question_id": [q.id for q in asked], "expert": "x", "text": "#### 1"}).to_csv(file, index=False)
-    other = dataclasses.replace(panel[0], teacher=schema.TableTeacher(kind="table", path=str(file), column_value="x"))
+    pd.DataFrame({"question_id": [q.id for q in asked], "text": "#### 1"}).to_csv(file, index=False)
+    other = dataclasses.replace(panel[0], teacher=schema.TableTeacher(kind="table", path=str(file), model="x"))
     table = likelihoods(experts.Panel([other, panel[1]]))
     assert list(table["split"].unique()) == ["train"] and (table["teacher"] == "equations").sum() == 2 * 2
-    pd.DataFrame({"question_id": ["none"], "expert": "x", "text": "#### 1"}).to_csv(file, index=False)
+    pd.DataFrame({"question_id": [task.questions("test")[0].id], "text": "#### 1"}).to_csv(file, index=False)
     with pytest.raises(ValueError, match=r"\['equations', 'story'\] have no answered question in common"):
         likelihoods(experts.Panel([other, panel[1]]))
 
