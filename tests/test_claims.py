@@ -9,7 +9,7 @@ from meml_lib.analysis import claims
 from meml_lib.analysis.measures import ArmResult, Measured
 
 PANEL = ["equations", "story", "groups"]
-PAPER_TEACHERS = {name: {"kind": "table", "path": "a.parquet", "column_value": value} for name, value in
+PAPER_TEACHERS = {name: {"kind": "table", "path": "a.parquet", "model": value} for name, value in
                   zip(PANEL, ("gold", "deepseek-r1", "doubao-1.5-thinking"), strict=True)}  # fmt: skip
 
 
@@ -173,7 +173,7 @@ def test_the_papers_sampling_error_is_in_the_interval_where_its_test_size_is_kno
     ("base", "reason"),
     [
         (paper_run(model="Qwen/Qwen2.5-0.5B"), "other model: Qwen/Qwen2.5-0.5B"),
-        (paper_run(story={"column_value": "gpt-4o"}), "other teachers"),
+        (paper_run(story={"model": "gpt-4o"}), "other teachers"),
         (config.load_run("smoke.yaml", {"riel.rollouts_per_expert": 8}), "other task: wordproblems"),
     ],
 )

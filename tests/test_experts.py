@@ -10,7 +10,7 @@ import pytest
 import yaml
 from pydantic import TypeAdapter
 
-from meml_lib import experts, schema, tasks
+from meml_lib import config, experts, schema, tasks
 
 needs_data = pytest.mark.skipif(
     not os.environ.get("MEML_DATA_DIR"), reason="set MEML_DATA_DIR to the released data sets"
@@ -54,7 +54,7 @@ def test_a_panel_shows_its_prompts_as_text_not_as_html():
 
 def test_teachers_of_the_demo_err_often_and_on_different_questions(task):
     table = experts.teacher_answers(task, shipped("wordproblems"))
-    assert list(table.columns) == ["question_id", "expert", "sample", "text", "answer", "correct"]
+    assert list(table.columns) == ["question_id", "expert", "sample", "text", "answer", "correct", "ended"]
     assert table["correct"].dtype == "boolean" and len(table) == 6000 and (table["sample"] == 0).all()
     assert table["expert"][:4].tolist() == ["equations", "story", "groups", "equations"]
     right = table.pivot(index="question_id", columns="expert", values="correct").astype(float)
@@ -81,40 +81,27 @@ def test_a_teachers_answers_can_come_from_a_table(task, tmp_path, suffix):
         (questions[1].id, "r2", "#### 1"),
         ("another-7", "r1", "#### 1"),
     ]
-    frame = pd.DataFrame(rows, columns=["question_id", "expert", "text"])
+    frame = pd.DataFrame(rows, columns=["question_id", "model", "text"])
     write = {".parquet": frame.to_parquet, ".csv": lambda p: frame.to_csv(p, index=False)}
     write.get(suffix, lambda p: frame.to_json(p, orient="records", lines=True))(path)
-    panel = table_panel(path)
+    panel = [of_table(path, where={"model": "r1"})]
     table = experts.teacher_answers(task, panel, questions=questions)
     assert table["question_id"].tolist() == [questions[0].id, questions[0].id, questions[1].id]
-    assert table["sample"].tolist() == [0, 1, 0]
+    assert table["sample"].tolist() == [0, 1, 0] and table["ended"].all()
     assert table["correct"].tolist() == [True, pd.NA, False]
     assert table.attrs["left_out"] == {"mine": 1}
 
 
-def table_panel(path, value="r1"):
-    teacher = schema.TableTeacher(kind="table", path=str(path), column_value=value)
-    return [experts.Expert("mine", "answer", teacher)]
-
-
-def test_tables_that_do_not_fit_are_errors(task, tmp_path):
-    pd.DataFrame({"question_id": ["q"], "expert": ["r1"], "text": ["x"]}).to_csv(tmp_path / "good.csv", index=False)
-    pd.DataFrame({"question_id": ["q"], "text": ["x"]}).to_csv(tmp_path / "bad.csv", index=False)
-    with pytest.raises(ValueError, match="bad.csv has no column 'expert'; it has .'question_id', 'text'"):
-        experts.teacher_answers(task, table_panel(tmp_path / "bad.csv"))
-    with pytest.raises(ValueError, match="column_value='gpt' is in no row .*good.csv; its experts are .'r1'"):
-        experts.teacher_answers(task, table_panel(tmp_path / "good.csv", "gpt"))
-    with pytest.raises(FileNotFoundError, match="teacher.path='.*none.csv' is no file"):
-        experts.teacher_answers(task, table_panel(tmp_path / "none.csv"))
-    with pytest.raises(ValueError, match="must end in one of"):
-        experts.teacher_answers(task, table_panel(tmp_path / "good.xlsx"))
+def of_table(path, name="mine", **teacher):
+    teacher = schema.TableTeacher(kind="table", model="r1", path=str(path), **teacher)
+    return experts.Expert(name, "answer", teacher)
 
 
 @needs_data
 def test_published_gsm8k_answers_reproduce_their_known_accuracies_and_overlap():
-    from meml_lib.experts import published
-
-    table = published.gsm8k_solutions()
+    task = tasks.load(config.load_run("gsm8k-published.yaml").task)
+    panel = shipped("gsm8k-published")
+    table = experts.teacher_answers(task, panel, questions=experts.answered_questions(task, panel))
     wrong = ~table.assign(correct=table["correct"].fillna(False).astype(bool)).pivot(
         index="question_id", columns="expert", values="correct"
     )
@@ -128,7 +115,7 @@ def test_published_gsm8k_answers_reproduce_their_known_accuracies_and_overlap():
 
 def test_importing_experts_and_tasks_loads_nothing_heavy():
     code = (
-        "import sys\nfrom meml_lib.experts import published\nfrom meml_lib.tasks import jsonl, mathqa, wordproblems\n"
+        "import sys\nfrom meml_lib.experts import tables\nfrom meml_lib.tasks import jsonl, mathqa, wordproblems\n"
         "print([name for name in ('torch', 'pandas', 'datasets', 'numpy') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PARAMS.parent)

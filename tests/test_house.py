@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "meml_lib"
 ORDER = ("schema", "config", "runs", "tasks", "experts", "analysis", "rollouts", "training", "pipeline", "cli")
 WITH_TORCH = ("rollouts", "training")
-OPENS_TEST = {"training/evaluate.py", "experts/published.py"}
+OPENS_TEST = {"training/evaluate.py"}
 FILES = sorted(LIBRARY.rglob("*.py"))
 
 
@@ -50,7 +50,7 @@ def test_torch_stays_in_rollouts_and_training():
         assert place(file) in WITH_TORCH or not torch, file
 
 
-def test_only_evaluation_and_published_answers_open_the_test_split():
+def test_only_evaluation_opens_the_test_split():
     for file in FILES:
         name = str(file.relative_to(LIBRARY))
         if place(file) == "tasks" or name in OPENS_TEST:
@@ -60,6 +60,7 @@ def test_only_evaluation_and_published_answers_open_the_test_split():
                 split = node.args[0]
                 given = name == "experts/__init__.py" and isinstance(split, ast.Name)  # by its caller, below
                 assert given or split.value in ("train", "validation"), f"{name}:{node.lineno}"
+            assert place(file) in ("tasks", "experts") or getattr(node, "attr", None) != "every_question", name
             if place(file) == "training" and isinstance(node, ast.Call) and "teacher_answers" in ast.unparse(node.func):
                 assert "test" not in ast.unparse(node), f"{name}:{node.lineno}"
 

@@ -165,7 +165,7 @@ def test_01_shows_the_known_overlap_of_four_published_models():
     p = config.load_run(ROOT / "params/gsm8k-published.yaml")
     panel, task = experts.load_panel(p.experts), tasks.load(p.task)
     assert len(experts.teacher_answers(task, panel)) == 0  # nothing to train on
-    answers = experts.teacher_answers(task, panel, questions=task.questions(experts.answered_split(panel)))
+    answers = experts.teacher_answers(task, panel, questions=experts.answered_questions(task, panel))
     right, shared = (list(100 * table["share"]) for table in (overlap.accuracy(answers), show.shared_errors(answers)))
     assert right == pytest.approx([21.7, 39.0, 34.7, 56.3], abs=0.2)
     assert shared == pytest.approx([37.1, 32.8], abs=0.2)

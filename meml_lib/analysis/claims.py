@@ -298,4 +298,4 @@ def _setting(run: config.Run, key: str) -> Any:
 
 
 def _teacher(teacher: Any) -> str:
-    return getattr(teacher, "style", None) or getattr(teacher, "column_value", None) or teacher.model
+    return getattr(teacher, "style", None) or teacher.model

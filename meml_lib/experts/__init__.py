@@ -5,10 +5,11 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
-from meml_lib import config, schema
-from meml_lib.tasks import Question, Split, Task
+from meml_lib import schema
+from meml_lib.experts import tables
+from meml_lib.tasks import Graded, Question, Split, Task
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,7 +21,10 @@ class Expert:
 
     name: str
     system: str
-    teacher: schema.DerivedTeacher | schema.TableTeacher | schema.PublishedTeacher
+    teacher: schema.DerivedTeacher | schema.TableTeacher | schema.ApiTeacher
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.system))  # a teacher may hold a mapping
 
 
 class Panel(tuple[Expert, ...]):
@@ -46,9 +50,31 @@ def load_panel(params: schema.ExpertsParams) -> Panel:
     return Panel(Expert(name, params.known[name].system, params.known[name].teacher) for name in params.panel)
 
 
-def answered_split(panel: Sequence[Expert]) -> Split:
-    """Which questions the panel's teachers answered: the training ones; published models, GSM8K's test questions."""
-    return "test" if any(isinstance(expert.teacher, schema.PublishedTeacher) for expert in panel) else "train"
+def answered_questions(task: Task, panel: Sequence[Expert]) -> list[Question]:
+    """The first split's questions that a teacher of a table or an API answers any of; where there is none, train's.
+
+    Raises: as `teacher_answers`.
+    """
+    given = [tables.taken(task, expert.name, expert.teacher)[0] for expert in _imported(panel)]
+    splits = [task.questions(split) for split in get_args(Split)]
+    return next((own for own in splits if any(q.id in answers for answers in given for q in own)), splits[0])
+
+
+def imported(task: Task, panel: Sequence[Expert]) -> pd.DataFrame:
+    """What was taken from tables and collected answers, and why the rest was not; of derived teachers nothing is.
+
+    Returns: one row an expert: expert, source, rows, taken, `tables.LEFT_OUT`; of those taken: empty, cut_off.
+    Raises: as `teacher_answers`.
+    """
+    import pandas as pd
+
+    counts = {e.name: tables.taken(task, e.name, e.teacher)[1] for e in _imported(panel)}
+    columns = ["rows", "taken", *tables.LEFT_OUT, "empty", "cut_off"]
+    rows = [[counts[e.name][column] if e.name in counts else pd.NA for column in columns] for e in panel]
+    table = pd.DataFrame(rows, columns=columns).astype("Int64")
+    table.insert(0, "source", [tables.place(expert.teacher) for expert in panel])
+    table.insert(0, "expert", [expert.name for expert in panel])
+    return table
 
 
 def teacher_answers(
@@ -56,72 +82,42 @@ def teacher_answers(
 ) -> pd.DataFrame:
     """What the experts' teachers answer, graded: questions in order, under each the experts in panel order.
 
+    An answer that is empty or was cut off is unreadable, whatever stands in it. `text` begins with the reasoning where
+    teacher.reasoning is prepend; it is not read.
+
     Args:
       questions: of the task; default: all of the split.
-    Returns: columns question_id, expert, sample, text, answer, correct. `attrs["left_out"]` holds, for each expert, how
-      many questions its teacher has no answer to (they have no row).
-    Raises: ValueError if a teacher's style, mistake or table does not fit; FileNotFoundError for a missing table.
+    Returns: columns question_id, expert, sample, text, answer, correct, ended. `attrs["left_out"]` holds, for each
+      expert, how many questions its teacher has no answer to (they have no row).
+    Raises: ValueError if a teacher's style, mistake or table does not fit or gives no answer to any question of the
+      task; FileNotFoundError for a missing table; RuntimeError where the hub cannot be read.
     """
+    import pandas as pd
+
     questions = task.questions(split) if questions is None else list(questions)
-    tables = {e.name: _read_table(e.teacher) for e in panel if not isinstance(e.teacher, schema.DerivedTeacher)}
+    given = {e.name: tables.taken(task, e.name, e.teacher)[0] for e in _imported(panel)}
     rows = []
     left_out = {expert.name: 0 for expert in panel}
     for question in questions:
         for expert in panel:
-            if expert.name in tables:
-                texts = tables[expert.name].get(question.id, [])
+            if expert.name in given:
+                answers = given[expert.name].get(question.id, [])
             else:
                 text = task.teach(question, expert.teacher)
-                texts = [] if text is None else [text]
-            left_out[expert.name] += not texts
-            rows += [(question, expert.name, sample, text) for sample, text in enumerate(texts)]
-    table = graded(task, rows)
+                answers = [] if text is None else [tables.Given(text, sample=0)]
+            left_out[expert.name] += not answers
+            for answer in answers:
+                text = answer.text
+                grade = task.grade(text, question) if text and answer.ended else Graded(None, None)
+                if text and answer.reasoning and expert.teacher.reasoning == "prepend":
+                    text = f"<think>\n{answer.reasoning}\n</think>\n\n{text}"
+                rows.append((question.id, expert.name, answer.sample, text, grade.answer, grade.correct, answer.ended))
+    columns = ["question_id", "expert", "sample", "text", "answer", "correct", "ended"]
+    kinds = dict.fromkeys(columns, object) | {"sample": "int64", "correct": "boolean", "ended": bool}
+    table = pd.DataFrame(rows, columns=columns, dtype=object).astype(kinds)
     table.attrs["left_out"] = left_out
     return table
 
 
-def graded(task: Task, rows: Sequence[tuple[Question, str, int, str]]) -> pd.DataFrame:
-    """The answers table of (question, expert, sample, text) rows, read and compared by the task."""
-    import pandas as pd
-
-    grades = [task.grade(text, question) for question, _, _, text in rows]
-    return pd.DataFrame(
-        {
-            "question_id": pd.Series([question.id for question, *_ in rows], dtype=object),
-            "expert": pd.Series([expert for _, expert, _, _ in rows], dtype=object),
-            "sample": pd.Series([sample for _, _, sample, _ in rows], dtype="int64"),
-            "text": pd.Series([text for *_, text in rows], dtype=object),
-            "answer": pd.Series([grade.answer for grade in grades], dtype=object),
-            "correct": pd.array([grade.correct for grade in grades], dtype="boolean"),
-        }
-    )
-
-
-def _read_table(teacher: schema.TableTeacher | schema.PublishedTeacher) -> dict[str, list[str]]:
-    """question_id -> texts of the rows that carry this teacher's name, in the file's order."""
-    import pandas as pd
-
-    if isinstance(teacher, schema.PublishedTeacher):
-        from meml_lib.experts import published
-
-        table = published.gsm8k_solutions()
-        return table[table["expert"] == teacher.model].groupby("question_id")["text"].agg(list).to_dict()
-    path = config.locate(teacher.path)
-    readers = {
-        ".parquet": pd.read_parquet,
-        ".csv": lambda file: pd.read_csv(file, dtype=str, keep_default_na=False),
-        ".jsonl": lambda file: pd.read_json(file, lines=True, dtype=False),
-    }
-    if path.suffix not in readers:
-        raise ValueError(f"teacher.path={teacher.path!r} must end in one of {list(readers)}")
-    if not path.is_file():
-        raise FileNotFoundError(f"teacher.path={teacher.path!r} is no file (looked for {path})")
-    table = readers[path.suffix](path)
-    for column in ("question_id", "expert", "text"):
-        if column not in table:
-            raise ValueError(f"{path} has no column {column!r}; it has {list(table.columns)}")
-    own = table[table["expert"] == teacher.column_value]
-    if own.empty:
-        names = sorted(map(str, table["expert"].unique()))
-        raise ValueError(f"column_value={teacher.column_value!r} is in no row of {path}; its experts are {names}")
-    return own.groupby("question_id", sort=False)["text"].agg(list).to_dict()
+def _imported(panel: Sequence[Expert]) -> list[Expert]:
+    return [expert for expert in panel if expert.teacher.kind != "derived"]

@@ -63,11 +63,18 @@ def input_files(p: config.Run) -> dict[str, Path]:
         files |= {f"{folder.name}/{file.name}": file for file in sorted(folder.glob("*.json*"))}
     for name in p.experts.panel:
         teacher = p.experts.known[name].teacher
-        if teacher.kind == "table":
-            files[teacher.path] = config.locate(teacher.path)
+        if teacher.kind != "derived":
+            files |= _answer_files(teacher)
     if p.model.source != "scratch":
         files |= {f"model/{file.name}": file for file in _model_files(p.model.path)}
     return {name: file for name, file in files.items() if file.is_file()}  # a missing one is the reader's to report
+
+
+def _answer_files(teacher: schema.TableTeacher | schema.ApiTeacher) -> dict[str, Path]:
+    if teacher.path:
+        return {teacher.path: config.locate(teacher.path)}
+    folder = config.locate(teacher.hub.name)
+    return {f"{teacher.hub.name}/{file.name}": file for file in sorted(folder.glob("**/*"))} if folder.is_dir() else {}
 
 
 def _model_files(path: str) -> list[Path]:

@@ -61,6 +61,10 @@ class Task:
             raise ValueError(f"split={split!r} must be one of {list(get_args(Split))}")
         return self._built[0][split]
 
+    def every_question(self) -> list[Question]:
+        """Of all splits: to find the question that an answer is to, or a test question where none may be."""
+        return [question for split in self._built[0].values() for question in split]
+
     @property
     def malformed(self) -> dict[str, int]:
         """Released rows that were left out: reason -> number of rows."""
@@ -113,6 +117,11 @@ def table(questions: Sequence[Question]) -> pd.DataFrame:
 
     columns = ["question_id", "text", "gold", "difficulty"]
     return pd.DataFrame([(q.id, q.text, q.gold, q.difficulty) for q in questions], columns=columns)
+
+
+def plain(text: str) -> str:
+    """A text in which neither case nor spaces count."""
+    return " ".join(text.casefold().split())
 
 
 def draw(*parts: object) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from meml_lib import schema
-from meml_lib.tasks import Question, Task, draw
+from meml_lib.tasks import Question, Task, draw, plain
 
 
 class ReleasedTask(Task):
@@ -74,15 +74,11 @@ def hold_out(questions: Sequence[Question], size: int, seed: int) -> tuple[list[
 
     Returns: (held out, the rest), both in the given order. Raises: ValueError if nothing would be left.
     """
-    texts = sorted({_plain(question.text) for question in questions}, key=lambda text: draw(seed, text))
+    texts = sorted({plain(question.text) for question in questions}, key=lambda text: draw(seed, text))
     if size >= len(texts):
         raise ValueError(f"{size} questions to hold out must be fewer than the {len(texts)} there are")
     held = set(texts[:size])
     return (
-        [question for question in questions if _plain(question.text) in held],
-        [question for question in questions if _plain(question.text) not in held],
+        [question for question in questions if plain(question.text) in held],
+        [question for question in questions if plain(question.text) not in held],
     )
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())
