@@ -47,11 +47,11 @@ def root() -> Path:
 def locate(path: str | Path) -> Path:
     """A file that a value names: from the working directory where it stands there, else from the project folder.
 
-    Raises: ValueError for a $VARIABLE in it that is not set.
+    Raises: ParamsError for a $VARIABLE in it that is not set.
     """
     path = Path(os.path.expandvars(path)).expanduser()
     if path.parts and path.parts[0].startswith("$"):
-        raise ValueError(f"{path}: {path.parts[0]} is not set in the environment: set it to the folder that is meant")
+        raise ParamsError(f"{path}: {path.parts[0]} is not set in the environment: set it to the folder that is meant")
     return path.absolute() if path.is_absolute() or path.exists() else root() / path
 
 
@@ -214,11 +214,12 @@ def _overrides(given: Overrides | None) -> dict[str, Any]:
         for text in [given] if isinstance(given, str) else given or ():
             key, equals, value = str(text).partition("=")
             if not equals or not value.strip():
-                raise ParamsError(f"override {text!r} must read key=value, e.g. riel.steps=100 or mef.patience=null")
+                start = re.split(r"[=:\s]", str(text).strip())[0]  # no more of it: it may be a secret out of place
+                raise ParamsError(f"override {start!r} must read key=value, e.g. riel.steps=100 or mef.patience=null")
             try:
                 pairs[key.strip()] = yaml.safe_load(value)
-            except yaml.YAMLError as error:
-                raise ParamsError(f"override {text!r} is not YAML: {' '.join(str(error).split())}") from error
+            except yaml.MarkedYAMLError as error:
+                raise ParamsError(f"override {key.strip()!r}: its value is not YAML ({error.problem})") from None
     for key in pairs:
         if not isinstance(key, str) or not all(key.split(".")):
             raise ParamsError(f"override {key!r} must be a dotted key, e.g. riel.steps")
@@ -271,7 +272,7 @@ def _fault(section: type[BaseModel], values: _Values, label: str, fault: Any) ->
             near = f"; did you mean {twins[0]!r}?" if len(twins) == 1 else near
             return f"{origin}: {key} is not a known key{near} (known here: {', '.join(siblings)})"
         case "model_type" | "model_attributes_type" | "dict_type":
-            return f"{origin}: {key} = {node!r}: must be a mapping of keys"
+            return f"{origin}: {key} must be a mapping of keys; it is of type {type(node).__name__}"
         case "missing":
             hint = f"; use one of params/{key}{'' if key == 'experts' else 's'}/*.yaml" if key in _PARTS else ""
             return f"{origin}: {key} is missing: no file gives it{hint}"
@@ -304,6 +305,10 @@ def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
+_WHERE_ASKED = ("base_url", "key_from", "path", "price")
+"""Values of an API teacher that change no answer."""
+
+
 class Run(schema.RunParams):
     """All values of one run (one arm, one seed), where each came from, and the folders that it writes to."""
 
@@ -329,7 +334,10 @@ class Run(schema.RunParams):
         values = self.values()
         own = ("mef",) if stage == "mef" else ("riel",)
         read = {key: values[key] for key in ("task", "experts", "model", "sampling", *own, "evaluate", "seed")}
-        read["experts"]["known"] = {name: values["experts"]["known"][name] for name in self.experts.panel}
+        read["experts"]["known"] = known = {name: values["experts"]["known"][name] for name in self.experts.panel}
+        for teacher in (expert["teacher"] for expert in known.values()):
+            for key in _WHERE_ASKED if teacher["kind"] == "api" else ():
+                del teacher[key]  # the answers themselves are an input
         del read["sampling"]["rows_per_batch"]
         read["model"].pop("config", None)  # a dry run's; a run reads the model's own
         return read

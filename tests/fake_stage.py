@@ -29,6 +29,7 @@ def run(stage: str, p: config.Run, on_record=None) -> None:
     if stage == "mef":
         table = pd.DataFrame({"question_id": "q", "prompt": p.experts.panel, "teacher": p.experts.panel, "logp": -1.0})
         folder.write_table("prompt_teacher", table.assign(tokens=2))
+        folder.write_table("training_answers", pd.DataFrame({"expert": p.experts.panel, "given": 1, "kept": 1}))
     (folder.path / "model").mkdir()
     (folder.path / "model" / "config.json").write_text("{}")
     (folder.path / "model" / "model.safetensors").write_text(f"weights of {stage}, seed {p.seed}")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from meml_lib import experts, schema
+from meml_lib import config, experts, schema
 from meml_lib.training import evaluate, mef, riel
 from meml_lib.training.ask import ask
 from meml_lib.training.learner import Learner
@@ -215,10 +215,14 @@ def test_mutual_learning_moves_the_worst_expert_as_its_form_says(trained, task, 
 
 
 def test_every_teachers_answers_are_scored_under_every_prompt(trained, task, panel, tmp_path):
-    p = SimpleNamespace(evaluate=SimpleNamespace(validation_questions=4), hardware=SimpleNamespace(micro_batch_tokens=90))
+    p = SimpleNamespace(
+        evaluate=SimpleNamespace(validation_questions=4),
+        hardware=SimpleNamespace(micro_batch_tokens=90),
+        mef=config.load_run("smoke.yaml").mef,
+    )
 
     def likelihoods(panel):
-        answers = evaluate.answered_by_all_teachers(p, task, panel)
+        answers = evaluate.answered_by_all_teachers(p, trained, task, panel)
         return evaluate.prompt_teacher(p, trained, task, panel, answers, Accelerator(cpu=True))
 
     table = likelihoods(panel)

@@ -7,10 +7,12 @@ import string
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from meml_lib import config, schema
+from meml_lib.experts import store
 from meml_lib.tasks import Task, plain
 
 LEFT_OUT = ("unknown_question", "duplicate", "asked_otherwise", "another_model")
@@ -43,7 +45,7 @@ def taken(task: Task, expert: str, teacher: schema.TableTeacher | schema.ApiTeac
     Duplicate: the same answer to the same question again; collected: the same sample of it again. A store's samples
     beyond `teacher.samples`, and rows of other teachers in a file, do not count as its rows.
 
-    Returns: question_id -> its answers (`Given`), in the file's order; counts of rows, taken, each of `LEFT_OUT`, and
+    Returns: question_id -> its answers (`Given`), by sample; counts of rows, taken, each of `LEFT_OUT`, and
       of those taken `empty` and `cut_off`.
     Raises: ValueError naming file and column where a row or `where` does not fit, or if no row is taken;
       FileNotFoundError for a missing table; RuntimeError if the hub cannot be read.
@@ -68,7 +70,7 @@ def taken(task: Task, expert: str, teacher: schema.TableTeacher | schema.ApiTeac
             why += f" (such as {strangers[0][:60]!r}; this task has {task.every_question()[0].id!r})"
         todo = "; first collect them: meml collect FILE, or notebook 00_experts" if teacher.kind == "api" else ""
         raise ValueError(f"expert {expert!r}: no answer in {place(teacher)} is taken: {why}{todo}")
-    return answers, counts
+    return {question_id: sorted(own, key=attrgetter("sample")) for question_id, own in answers.items()}, counts
 
 
 def place(teacher: schema.Teacher) -> str:
@@ -214,16 +216,14 @@ _READERS = {".parquet": _parquet, ".csv": _csv, ".jsonl": _jsonl}
 
 def _collected(task: Task, expert: str, teacher: schema.ApiTeacher) -> Iterator[_Row]:
     """The teacher's records in the store that collecting writes."""
-    from meml_lib.experts import collect
-
     text_of = {question.id: question.text for question in task.every_question()}
-    for record in collect.stored(teacher.path):
+    for record in store.stored(teacher.path):
         if record["expert"] != expert or record["sample"] >= teacher.samples:
             continue
         asked, fault = record["question_id"], None
-        if asked in text_of and record["asked"] != collect.fingerprint(teacher, text_of[asked]):
+        if asked in text_of and record["asked"] != store.fingerprint(teacher, text_of[asked]):
             fault = "asked_otherwise"
-        elif not collect.accepted(teacher, record):
+        elif not store.accepted(teacher, record):
             fault = "another_model"
         thought, text, ended = apart(record["text"] or "")
         given = Given(text, (record["reasoning"] or thought).strip(), ended and record["ended"], record["sample"])

@@ -53,6 +53,8 @@ def execute(job: graph.Job, jobs: dict[str, graph.Job]) -> None:
             folder.write_manifest(
                 job=job.name, notebook=job.notebook, parameters=job.parameters, parents=job.parents, wall_s=seconds
             )
+            after = job.parts()["inputs"]
+            parts["inputs"] |= {name: after[name] for name in job.adds_to if name in after}
             folder.set_status("done", f"ran in {seconds:g} s", parts=parts)
             _say(job, f"done in {seconds:g} s")
         else:

@@ -35,6 +35,8 @@ class Job:
     stage: config.Stage | None = None
     files: tuple[str, ...] = ()
     """Files that it must leave behind, besides the stage's own."""
+    adds_to: tuple[str, ...] = ()
+    """Inputs to which it adds itself: stores of collected answers."""
 
     @property
     def run(self) -> config.Run | None:
@@ -131,15 +133,20 @@ def jobs(study: config.Study) -> dict[str, Job]:
 
     base = study.base_run()
     asked = {"task": base.reads("mef")["task"], "experts": base.reads("mef")["experts"]}
+    teachers = {name: base.experts.known[name].teacher for name in base.experts.panel}
+    stores = tuple(key for name, own in teachers.items() if own.kind == "api" for key in keys.answer_files(name, own))
+    collected = ("00_experts",) if stores else ()
     for notebook, table in {"00_experts": "teacher_answers", "01_error_overlap": "error_overlap"}.items():
         file = str(RunFolder(base.run_dir).table(table))
-        of_run(notebook, notebook, None, study.seeds[0], base, asked, files=(file,))
+        collects = notebook == "00_experts"
+        more = {"adds_to": stores} if collects else {"parents": collected}
+        of_run(notebook, notebook, None, study.seeds[0], base, asked, files=(file,), **more)
     for group, arms in study.stage1_groups().items():
         for seed in study.seeds:
             arm = study.run(arms[0], seed)
             alone = arm.model_copy(update={"run_dir": arm.folder("mef").parent, "stage1_dir": None})
             name, values = f"02_mef-{group}-seed-{seed}", arm.reads("mef")
-            stage1 = of_run(name, "02_mef", arms[0], seed, alone, values, stage="mef")
+            stage1 = of_run(name, "02_mef", arms[0], seed, alone, values, stage="mef", parents=collected)
             for name in arms:
                 if study.arms[name].last_stage == "mef":
                     continue

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
-from meml_lib import config, runs, schema
+from meml_lib import config, runs, schema, tasks
 
 Parts = dict[str, dict[str, Any]]
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -59,22 +59,22 @@ def input_files(p: config.Run) -> dict[str, Path]:
     if p.task.name == "jsonl":
         files[p.task.path] = config.locate(p.task.path)
     elif p.task.name != "wordproblems" and p.task.source != "hub" and data:
-        folder = Path(data) / p.task.name
+        folder = Path(data) / tasks.load(p.task).folder
         files |= {f"{folder.name}/{file.name}": file for file in sorted(folder.glob("*.json*"))}
     for name in p.experts.panel:
-        teacher = p.experts.known[name].teacher
-        if teacher.kind != "derived":
-            files |= _answer_files(teacher)
+        files |= answer_files(name, p.experts.known[name].teacher)
     if p.model.source != "scratch":
         files |= {f"model/{file.name}": file for file in _model_files(p.model.path)}
     return {name: file for name, file in files.items() if file.is_file()}  # a missing one is the reader's to report
 
 
-def _answer_files(teacher: schema.TableTeacher | schema.ApiTeacher) -> dict[str, Path]:
-    if teacher.path:
-        return {teacher.path: config.locate(teacher.path)}
-    folder = config.locate(teacher.hub.name)
-    return {f"{teacher.hub.name}/{file.name}": file for file in sorted(folder.glob("**/*"))} if folder.is_dir() else {}
+def answer_files(expert: str, teacher: schema.Teacher) -> dict[str, Path]:
+    """Name -> file on this machine that holds a teacher's answers; of the hub, a local folder's files."""
+    if teacher.kind == "derived":
+        return {}
+    name, place = f"answers of {expert}", config.locate(teacher.path or teacher.hub.name)
+    files = sorted(place.rglob("*")) if place.is_dir() else []
+    return {f"{name}: {file.relative_to(place)}": file for file in files} or {name: place}
 
 
 def _model_files(path: str) -> list[Path]:
@@ -107,7 +107,8 @@ def code(modules: Iterable[str], skip: Iterable[str] = ()) -> dict[str, str]:
 
 def other_tasks(name: str) -> set[str]:
     """Modules of the tasks that a run with this task does not read."""
-    return {f"meml_lib.tasks.{task}" for task in TASKS - {name}}
+    modules = {task: f"meml_lib.tasks.{task.partition('-')[0]}" for task in TASKS}  # gsm8k.py holds its re-split
+    return {*modules.values()} - {modules[name]}
 
 
 def normalised(source: str) -> str:

@@ -26,6 +26,7 @@ def stage_faults(stage: config.Stage, p: config.Run) -> list[str]:
         faults += table_faults(folder, f"{split}_greedy", (*ANSWERS, "tokens", "ended"))
     if stage == "mef":
         faults += table_faults(folder, "prompt_teacher", ("question_id", "prompt", "teacher", "logp", "tokens"))
+        faults += table_faults(folder, "training_answers", ("expert", "given", "kept"))
     names = ["teacher_answers"] if stage == "mef" else ["rollouts"]
     names += ["test_sampled"] if p.evaluate.samples_per_expert else []
     for name in names:

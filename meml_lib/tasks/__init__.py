@@ -141,6 +141,8 @@ def load(params: schema.TaskParams) -> Task:
         from meml_lib.tasks.wordproblems import WordProblems as task
     elif params.name == "gsm8k":
         from meml_lib.tasks.gsm8k import Gsm8k as task
+    elif params.name == "gsm8k-test-resplit":
+        from meml_lib.tasks.gsm8k import Gsm8kResplit as task
     elif params.name == "mathqa":
         from meml_lib.tasks.mathqa import MathQA as task
     elif params.name == "strategyqa":

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from functools import cached_property
 from string import ascii_lowercase
 
 from meml_lib.tasks import Question
 from meml_lib.tasks.reading import number
-from meml_lib.tasks.released import ReleasedTask
+from meml_lib.tasks.released import ReleasedTask, hold_out
 
 _MARK = re.compile(r"<<([^<>=]*)=([^<>=]*)>>")
 _NUMERAL = re.compile(r"\d+\.?\d*|\.\d+")
@@ -21,6 +22,7 @@ class Gsm8k(ReleasedTask):
     `program`, a short Python program that makes them. The last two are None for the 113 solutions without marks.
     """
 
+    folder = "gsm8k"
     files = {"train": ("train.jsonl",), "test": ("test.jsonl",)}
     hub = ("openai/gsm8k", "main")
     styles = ("gold", "equations", "program")
@@ -29,9 +31,14 @@ class Gsm8k(ReleasedTask):
         return number(text)
 
     def _build(self) -> tuple[dict[str, list[Question]], dict[str, int]]:
-        self._calculations: dict[str, list[tuple[str, str]]] = {}
-        train, test = ([self._question(*row) for row in self._rows(part)] for part in ("train", "test"))
-        return self._splits(train, test), {}
+        return self._splits(self._released("train"), self._released("test")), {}
+
+    def _released(self, part: str) -> list[Question]:
+        return [self._question(*row) for row in self._rows(part)]
+
+    @cached_property
+    def _calculations(self) -> dict[str, list[tuple[str, str]]]:
+        return {}
 
     def _question(self, row_id: str, row: dict) -> Question:
         solution, gold = row["answer"].rsplit("####", 1)
@@ -50,6 +57,15 @@ class Gsm8k(ReleasedTask):
             return None
         lines = [f"{left} = {result}" for left, result in steps] if style == "equations" else _program(question, steps)
         return "\n".join([*lines, f"#### {question.gold}"])
+
+
+class Gsm8kResplit(Gsm8k):
+    """GSM8K's released TEST questions alone, split anew by question; they keep their ids. Results on its test split
+    cannot be compared with any on GSM8K's."""
+
+    def _build(self) -> tuple[dict[str, list[Question]], dict[str, int]]:
+        test, pool = hold_out(self._released("test"), self.params.test_questions, self.params.split_seed)
+        return self._splits(pool, test), {}
 
 
 def _program(question: Question, steps: list[tuple[str, str]]) -> list[str]:

@@ -14,11 +14,16 @@ from meml_lib.tasks import Question, Task, draw, plain
 class ReleasedTask(Task):
     """A task over released rows. A subclass names its files and its hub data set, and makes a question of a row."""
 
-    params: schema.ReleasedParams
+    params: schema.ReleasedParams | schema.Gsm8kResplitParams
     files: dict[str, tuple[str, ...]]
     """Part -> file names; the first that exists is read."""
     hub: tuple[str, ...]
     """Hub name and, where it has one, configuration; parts are its splits."""
+
+    @property
+    def folder(self) -> str:
+        """Of the files; the ids of rows begin with it."""
+        return self.name
 
     def _rows(self, part: str) -> list[tuple[str, dict]]:
         """(row id, row) of one part, in the released order; the id names the file and the 0-based row.
@@ -27,12 +32,12 @@ class ReleasedTask(Task):
           RuntimeError if the hub cannot be read.
         """
         if self.params.source == "hub" or (self.params.source == "auto" and not os.environ.get("MEML_DATA_DIR")):
-            return [(f"{self.name}-{part}-{i}", row) for i, row in enumerate(self._from_hub(part))]
-        folder = data_folder(self.name)
+            return [(f"{self.folder}-{part}-{i}", row) for i, row in enumerate(self._from_hub(part))]
+        folder = data_folder(self.folder)
         found = [folder / file for file in self.files[part] if (folder / file).is_file()]
         if not found:
             raise FileNotFoundError(f"MEML_DATA_DIR has none of {self.files[part]} in {folder}")
-        return [(f"{self.name}-{found[0].stem}-{i}", row) for i, row in enumerate(read_rows(found[0]))]
+        return [(f"{self.folder}-{found[0].stem}-{i}", row) for i, row in enumerate(read_rows(found[0]))]
 
     def _from_hub(self, part: str) -> list[dict]:
         import datasets
@@ -42,7 +47,7 @@ class ReleasedTask(Task):
         except Exception as error:  # whatever kept it from loading, the way out is the same
             raise RuntimeError(
                 f"task.name={self.name!r}: {' '.join(self.hub)} could not be loaded from the hub ({error}). "
-                f"Without the hub, set MEML_DATA_DIR to the folder that holds the released files in {self.name}/"
+                f"Without the hub, set MEML_DATA_DIR to the folder that holds the released files in {self.folder}/"
             ) from error
 
     def _splits(self, pool: list[Question], test: list[Question]) -> dict[str, list[Question]]:

@@ -27,9 +27,9 @@ from meml_lib.training.policy import Policy, Row
 
 PROMPT_TOKENS = 288
 """Assumed length of a prompt; the longest of the public sets' training prompts has 269 tokens of SmolLM2's tokenizer."""
-PUBLISHED = {"gsm8k": (7473, 1319), "mathqa": (29837, 2985), "strategyqa": (1832, 458)}
+PUBLISHED = {"gsm8k": (7473, 1319), "mathqa": (29837, 2985), "strategyqa": (1832, 458), "gsm8k-test-resplit": (1319, 0)}
 """Questions that train and validation share, and test ones: arXiv 2110.14168, arXiv 1905.13319; StrategyQA has 2,290
-labelled questions (arXiv 2101.02235), of which a fifth is test here."""
+labelled questions (arXiv 2101.02235), of which a fifth is test here. The re-split takes its test questions of the pool."""
 NEVER_RUN = "Never run by us."
 """How a preset's file says so."""
 
@@ -173,7 +173,8 @@ def questions(p: config.Run) -> tuple[dict[str, int], str]:
     """
     if p.task.name in PUBLISHED and (p.task.source == "hub" or not os.environ.get("MEML_DATA_DIR")):
         pool, test = PUBLISHED[p.task.name]
-        train = pool - p.task.validation_questions
+        held = getattr(p.task, "test_questions", 0)
+        train, test = pool - p.task.validation_questions - held, test or held
         there = {"validation": p.task.validation_questions, "test": test}
         asked = {"validation": p.evaluate.validation_questions, "test": p.evaluate.test_questions or test}
         for split, many in asked.items():
@@ -189,7 +190,7 @@ def stage1(p: config.Run) -> Counter[str]:
     """What stage 1 does at most. Raises: ValueError if it has fewer answers than a step takes."""
     found, source = questions(p)
     panel = experts.load_panel(p.experts)
-    answers = sum(_answers(p.task, e, p.mef.keep) if source == "read here" else found["train"] for e in panel)
+    answers = sum(_answers(p.task, e, p.mef) if source == "read here" else found["train"] for e in panel)
     if answers < p.mef.answers_per_step:
         raise ValueError(f"stage 1 has {answers} answers, fewer than mef.answers_per_step={p.mef.answers_per_step}")
     steps = mef.steps_of(p.mef, answers)
@@ -218,9 +219,9 @@ def _evaluated(p: config.Run, found: dict[str, int], steps: int, stage: schema.S
 
 
 @lru_cache
-def _answers(task: schema.TaskParams, expert: Expert, keep: str) -> int:
-    answers = experts.teacher_answers(tasks.load(task), [expert])
-    return len(answers) if keep == "all" else int(answers["correct"].fillna(False).sum())
+def _answers(task: schema.TaskParams, expert: Expert, params: schema.MefParams) -> int:
+    kept, _ = mef.select(params, experts.teacher_answers(tasks.load(task), [expert]), None)
+    return len(kept)
 
 
 # --- the report -------------------------------------------------------------------------------------------------------

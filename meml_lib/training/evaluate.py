@@ -13,6 +13,7 @@ from meml_lib import experts, tasks
 from meml_lib.experts import Expert
 from meml_lib.schema import RunParams, SamplingParams
 from meml_lib.tasks import Question, Task
+from meml_lib.training import mef
 from meml_lib.training.ask import ask, in_order
 from meml_lib.training.learner import micro_batches
 from meml_lib.training.policy import Policy, Row
@@ -84,17 +85,18 @@ def measure(p: RunParams, policy: Policy, task: Task, panel: Sequence[Expert], a
     return tables
 
 
-def answered_by_all_teachers(p: RunParams, task: Task, panel: Sequence[Expert]) -> pd.DataFrame:
+def answered_by_all_teachers(p: RunParams, policy: Policy, task: Task, panel: Sequence[Expert]) -> pd.DataFrame:
     """Teachers' answers to compare under all prompts: question_id, expert, text, split.
 
-    To those of the first `evaluate.validation_questions` validation questions that all teachers answered; where there is
+    The first that stage 1 could train on, right or wrong, to those of the first `evaluate.validation_questions` validation questions that all teachers answered; where there is
     none (tables of answers to training questions), to as many training questions.
     Raises: ValueError if all teachers have no question in common.
     """
     for split in ("validation", "train"):
         questions = task.questions(split)
         questions = questions[: p.evaluate.validation_questions] if split == "validation" else questions
-        answers = experts.teacher_answers(task, panel, questions=questions)
+        usable = p.mef.model_copy(update={"keep": "all", "answers_per_question": 1})
+        answers, _ = mef.select(usable, experts.teacher_answers(task, panel, questions=questions), policy)
         by_all = answers.groupby("question_id")["expert"].transform("nunique") == len(panel)
         asked_ids = list(dict.fromkeys(answers.loc[by_all, "question_id"]))[: p.evaluate.validation_questions]
         if asked_ids:
@@ -102,8 +104,7 @@ def answered_by_all_teachers(p: RunParams, task: Task, panel: Sequence[Expert]) 
     else:
         names = [expert.name for expert in panel]
         raise ValueError(f"the teachers of {names} have no answered question in common: give each an answer to at least one")
-    kept = answers["question_id"].isin(asked_ids) & (answers["sample"] == 0)
-    return answers.loc[kept, ["question_id", "expert", "text"]].assign(split=split)
+    return answers.loc[answers["question_id"].isin(asked_ids), ["question_id", "expert", "text"]].assign(split=split)
 
 
 @torch.no_grad()

@@ -9,17 +9,58 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from meml_lib.experts import Expert
 from meml_lib.schema import MefParams
-from meml_lib.tasks import Question
+from meml_lib.tasks import Question, Task, leaks
 from meml_lib.training import losses
 from meml_lib.training.policy import Policy, Row
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from meml_lib.training.learner import Learner
+
+
+LEFT_OUT = ("cut_off", "empty", "wrong", "too_long", "beyond")
+"""Why stage 1 does not train on an answer: the first of these that holds."""
+
+
+def select(params: MefParams, answers: pd.DataFrame, policy: Policy | None) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The teachers' answers that stage 1 trains on.
+
+    wrong: mef.keep is right, and it is wrong or unreadable; too_long: more tokens, its end token included, than
+    mef.max_answer_tokens; beyond: after the first mef.answers_per_question that the others leave.
+
+    Args: answers: of `experts.teacher_answers`. policy: whose tokens are counted; None: too_long never holds.
+    Returns: the rows that are kept; a row an expert: expert, given, each of `LEFT_OUT`, kept (counts).
+    """
+    most = params.max_answer_tokens if policy else None
+    tests = {
+        "cut_off": ~answers["ended"],
+        "empty": answers["text"].str.strip() == "",
+        "wrong": ~answers["correct"].fillna(False).astype(bool) & (params.keep == "right"),
+        "too_long": answers["text"].map(lambda text: most is not None and len(policy.answer_ids(text)) > most),
+    }
+    fate = pd.Series(np.select([test.astype(bool) for test in tests.values()], list(tests), "kept"), answers.index)
+    place = answers[fate == "kept"].groupby(["question_id", "expert"]).cumcount()
+    fate[place.index[place >= (params.answers_per_question or math.inf)]] = "beyond"
+    told = pd.crosstab(answers["expert"], fate).reindex(answers["expert"].unique(), columns=[*LEFT_OUT, "kept"])
+    told = told.fillna(0).astype(int)
+    told.insert(0, "given", told.sum(axis=1))
+    return answers[fate == "kept"], told.rename_axis("expert", axis=0).rename_axis(None, axis=1).reset_index()
+
+
+def refuse_test_questions(task: Task, answers: pd.DataFrame) -> None:
+    """Raises: ValueError naming a test question that a training question, or an answer to one, holds word for word."""
+    questions = task.questions("train")
+    told = answers["expert"] + "'s answer to " + answers["question_id"]
+    names = [*(f"the training question {question.id}" for question in questions), *told]
+    found = leaks.test_questions_in(task, [*(question.text for question in questions), *answers["text"]])
+    if found:
+        place, test_id = found[0]
+        more = f" ({len(found)} such texts)" if len(found) > 1 else ""
+        todo = "leave it out, or set mef.allow_test_questions=true"
+        raise ValueError(f"{names[place]} holds the test question {test_id}{more}: {todo}")
 
 
 def rows_of(policy: Policy, panel: Sequence[Expert], questions: Sequence[Question], answers: pd.DataFrame) -> list[Row]:

@@ -42,11 +42,14 @@ def run(stage: config.Stage, p: config.Run, on_record: OnRecord | None = None) -
     if stage == "mef":
         words = [*task.words(), *(word for expert in panel for word in expert.system.split())]
         learned = policy.load(p.model, device=device, words=words, seed=p.seed)
-        compared = evaluate.answered_by_all_teachers(p, task, panel)  # before training: it may have to refuse
+        compared = evaluate.answered_by_all_teachers(p, learned, task, panel)  # before training: it may have to refuse
         answers = experts.teacher_answers(task, panel)
+        kept, selection = mef.select(p.mef, answers, learned)
+        if not p.mef.allow_test_questions:
+            mef.refuse_test_questions(task, kept)
         if accelerator.is_main_process:
             folder.write_table("teacher_answers", answers)
-        kept = answers if p.mef.keep == "all" else answers[answers.correct.fillna(False)]
+            folder.write_table("training_answers", selection)
         rows = mef.rows_of(learned, panel, task.questions("train"), kept)
         learner = learner_of(p, p.mef, learned, accelerator, steps=mef.steps_of(p.mef, len(rows)))
         steps = mef.train(p.mef, learner, rows, seed=p.seed)

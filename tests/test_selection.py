@@ -1,0 +1,110 @@
+"""What stage 1 trains on: each answer kept or left out for one reason, and no test question in it."""
+
+import time
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+
+from meml_lib import config, tasks
+from meml_lib.tasks import Question, leaks
+from meml_lib.training import mef
+
+
+def params(**values):
+    return config.load_run("smoke.yaml").mef.model_copy(update=values)
+
+
+ANSWERS = pd.DataFrame(
+    [
+        ("q0", "a", 0, "one two three", True, True),
+        ("q0", "a", 1, "one two", False, True),
+        ("q0", "a", 2, "one", True, True),
+        ("q1", "a", 0, " ", None, True),
+        ("q1", "a", 1, "", None, False),
+        ("q2", "a", 0, "no number", None, True),
+        ("q0", "b", 0, "one two three four", True, True),
+        ("q1", "b", 0, "one", None, False),
+    ],
+    columns=["question_id", "expert", "sample", "text", "correct", "ended"],
+).astype({"correct": "boolean"})
+WORDS = SimpleNamespace(answer_ids=lambda text: (*text.split(), "end"))
+
+
+@pytest.mark.parametrize(
+    ("values", "kept", "a", "b"),
+    [  # cut_off, empty, wrong, too_long, beyond, kept
+        ({}, [0, 1, 2, 5, 6], [1, 1, 0, 0, 0, 4], [1, 0, 0, 0, 0, 1]),
+        ({"keep": "right"}, [0, 2, 6], [1, 1, 2, 0, 0, 2], [1, 0, 0, 0, 0, 1]),
+        ({"max_answer_tokens": 3}, [1, 2, 5], [1, 1, 0, 1, 0, 3], [1, 0, 0, 1, 0, 0]),
+        ({"answers_per_question": 1}, [0, 5, 6], [1, 1, 0, 0, 2, 2], [1, 0, 0, 0, 0, 1]),
+        ({"keep": "right", "max_answer_tokens": 3, "answers_per_question": 1}, [2], [1, 1, 2, 1, 0, 1], [1, 0, 0, 1, 0, 0]),
+    ],
+)
+def test_each_answer_is_kept_or_left_out_for_the_first_reason(values, kept, a, b):
+    chosen, told = mef.select(params(**values), ANSWERS, WORDS)
+    assert chosen.index.tolist() == kept and chosen["text"].tolist() == ANSWERS.loc[kept, "text"].tolist()
+    assert told.columns.tolist() == ["expert", "given", *mef.LEFT_OUT, "kept"]
+    assert told.values.tolist() == [["a", 6, *a], ["b", 2, *b]]
+
+
+def test_without_a_policy_no_answer_is_too_long():
+    assert mef.select(params(max_answer_tokens=1), ANSWERS, None)[0].index.tolist() == [0, 1, 2, 5, 6]
+
+
+def test_none_of_no_answers_is_kept():
+    chosen, told = mef.select(params(), ANSWERS[:0], WORDS)
+    assert chosen.empty and told.empty and "kept" in told
+
+
+# --- test questions ---------------------------------------------------------------------------------------------------
+
+LONG = "Ann has 31 apples and gives 4 of them to Bob. How many has she?"
+SHORT = "Is it 1 + 1?"
+
+
+class Quiz(tasks.Task):
+    def __init__(self, test, train=()):
+        self.made = {"train": train, "test": test}
+
+    def questions(self, split):
+        return [Question(f"{split}-{n}", text, "1", "#### 1", 1) for n, text in enumerate(self.made[split])]
+
+
+@pytest.mark.parametrize(
+    ("text", "held"),
+    [
+        (LONG, ["test-0"]),
+        (f'So: "{LONG.upper()}"\nShe has 27.', ["test-0"]),
+        (LONG.replace(" ", "  \n"), ["test-0"]),
+        (LONG.replace("31", "32"), []),
+        ("Jo" + LONG, []),  # another name
+        (LONG[:-1] + "n?", []),
+        (f"{SHORT}\nNo.", ["test-1"]),
+        ("is it  1 + 1?", ["test-1"]),
+        (f"But then, {SHORT} No.", []),  # so few words stand anywhere
+        (f"{LONG}\n{SHORT}", ["test-0", "test-1"]),
+        ("", []),
+    ],
+)
+def test_a_test_question_is_found_word_for_word(text, held):
+    quiz = Quiz([LONG, SHORT])
+    assert sorted(leaks.test_questions_in(quiz, ["nothing", text])) == [(1, question) for question in held]
+
+
+def test_a_test_question_in_what_is_trained_on_is_an_error_that_names_it():
+    answers = pd.DataFrame({"question_id": ["train-0"], "expert": ["r1"], "text": [f"Like {LONG} 27."]})
+    mef.refuse_test_questions(Quiz([LONG], ["Another?"]), answers.assign(text="27"))
+    with pytest.raises(ValueError, match="r1's answer to train-0 holds the test question test-0: leave it out, or set mef.allow"):
+        mef.refuse_test_questions(Quiz([LONG], ["Another?"]), answers)
+    with pytest.raises(ValueError, match=r"training question train-1 holds the test question test-0 \(2 such texts\)"):
+        mef.refuse_test_questions(Quiz([LONG], ["Another?", LONG]), answers)
+
+
+def test_all_of_gsm8ks_size_takes_seconds():
+    words = [f"w{n % 613}" for n in range(80_000)]
+    test = [" ".join(words[60 * n + n % 7 : 60 * n + 40 + n % 11]) + f" {n}?" for n in range(1_319)]
+    texts = [" ".join(words[3 * n : 3 * n + 120]) for n in range(22_000)] + [f"So {test[77]} yes"]
+    started = time.monotonic()
+    assert leaks.test_questions_in(Quiz(test), texts) == [(22_000, "test-77")]
+    assert time.monotonic() - started < 60  # about 3 s on an idle core
