@@ -35,6 +35,7 @@ def paper_run(task="gsm8k", model="Qwen/Qwen2.5-Math-1.5B", **teachers) -> confi
     run = config.load_run("smoke.yaml", {"riel.rollouts_per_expert": 8})
     known = {name: {"system": name, "teacher": PAPER_TEACHERS[name] | teachers.get(name, {})} for name in PANEL}
     released = {"source": "files", "train_questions": None, "validation_questions": 500, "split_seed": 0}
+    released |= {"test_questions": 319} if task == "gsm8k-test-resplit" else {}
     values = {"experts": {"panel": PANEL, "known": known}, "task": {"name": task, **released}}
     values |= {"model": {"source": "hub", "path": model, "dtype": "bfloat16"}}
     return config.Run.model_validate(run.model_dump() | values)
@@ -174,6 +175,7 @@ def test_the_papers_sampling_error_is_in_the_interval_where_its_test_size_is_kno
     [
         (paper_run(model="Qwen/Qwen2.5-0.5B"), "other model: Qwen/Qwen2.5-0.5B"),
         (paper_run(story={"model": "gpt-4o"}), "other teachers"),
+        (paper_run("gsm8k-test-resplit"), "other task: gsm8k-test-resplit"),
         (config.load_run("smoke.yaml", {"riel.rollouts_per_expert": 8}), "other task: wordproblems"),
     ],
 )

@@ -150,6 +150,12 @@ def test_without_data_the_published_counts_are_taken(task, train, test):
     assert dryrun.questions(some)[0] == {"train": 100, "validation": found["validation"], "test": 50}
 
 
+def test_the_re_splits_test_questions_are_taken_out_of_the_1319():
+    sizes = {"task.train_questions": None, "task.validation_questions": 100, "task.test_questions": 300}
+    p = config.load_run("gsm8k-published-experts.yaml", sizes | {"evaluate.test_questions": None})
+    assert dryrun.questions(p)[0] == {"train": 919, "validation": p.evaluate.validation_questions, "test": 300}
+
+
 def test_questions_that_are_here_are_counted(monkeypatch, tmp_path):
     rows = [json.dumps({"question": f"{n} + 1?", "answer": f"<<{n}+1={n + 1}>>\n#### {n + 1}"}) for n in range(40)]
     (tmp_path / "gsm8k").mkdir()

@@ -270,6 +270,25 @@ def test_the_graph_names_parents_threads_and_files(project):
     assert graph.Job(**json.loads(json.dumps(first.__dict__))).run == first.run
 
 
+STORE = "{kind: api, model: m, path: store.jsonl, base_url: 'http://x/v1', key_from: null, max_answer_tokens: 9}"
+
+
+def test_collecting_comes_first_and_what_it_adds_makes_only_others_stale(project, quick_run):
+    asked = f"experts.known.story.teacher={STORE}"
+    jobs = graph.jobs(study(asked))
+    waiting = {name for name, job in jobs.items() if "00_experts" in job.parents}
+    assert waiting == {"01_error_overlap", "02_mef-stage1-equations+story+groups-seed-0"}
+    assert not any("00_experts" in job.parents for job in graph.jobs(study()).values())
+    project("00_experts", RUN, P, "open('store.jsonl', 'a').write('{}\\n')", TABLE.format("teacher_answers"))
+    assert quick_run(asked)[0] == 0
+    code, said = quick_run(asked)  # 00 added to its own input, and need not run again for that
+    assert code == 0 and not executed(said) and Path("store.jsonl").read_text() == "{}\n"
+    with open("store.jsonl", "a") as file:
+        file.write('{"more": 1}\n')
+    code, said = quick_run(asked)
+    assert code == 0 and "00_experts: answers of story changed" in said and {"00_experts", "01_error_overlap"} <= executed(said)
+
+
 def test_an_arm_of_fine_tuning_alone_has_no_stage_2():
     made = graph.jobs(config.load_study("params/studies/paper-rows-demo.yaml"))
     trained = [name for name, job in made.items() if job.stage]

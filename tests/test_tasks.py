@@ -251,6 +251,22 @@ def test_released_splits_share_no_question_and_a_cap_only_drops(name):
 
 
 @needs_data
+def test_the_re_split_holds_gsm8ks_test_questions_alone_and_divides_them_by_question():
+    values = yaml.safe_load((PARAMS / "gsm8k-test-resplit.yaml").read_text())["task"]
+    params = {"validation_questions": 100, "test_questions": 319}
+    task = tasks.load(schema.Gsm8kResplitParams(**values | params))
+    assert task.name == "gsm8k-test-resplit" and [len(task.questions(split)) for split in SPLITS] == [900, 100, 319]
+    by_id = {question.id: question for question in released("gsm8k").questions("test")}
+    assert {question.id: question for question in everything(task)} == by_id
+    equations = [task.teach(question, derived("equations")) for question in task.questions("train")]
+    assert sum(text is not None for text in equations) > 850
+    capped = tasks.load(schema.Gsm8kResplitParams(**values | params | {"train_questions": 50}))
+    assert len(capped.questions("train")) == 50 and capped.questions("test") == task.questions("test")
+    other = tasks.load(schema.Gsm8kResplitParams(**values | params | {"split_seed": 1}))
+    assert other.questions("test") != task.questions("test")
+
+
+@needs_data
 def test_mathqa_counts_every_row_and_accepts_every_gold_answer():
     task = released("mathqa")
     assert len(everything(task)) + sum(task.malformed.values()) == 4475 + 2985
