@@ -1,9 +1,10 @@
-"""meml: check values, run a study, write its report again, look at the machine. Imports are inside: --help is quick."""
+"""meml: check values, collect answers, run a study, report on it, look at the machine. Imports are inside: --help is quick."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -113,6 +114,47 @@ def run(
 
 
 @app.command()
+def collect(file: File, set_: Set = None) -> None:
+    """Ask the teachers of `kind: api` for the answers that are missing; stop and start again at will.
+
+    Ends with 0 when all answers are stored, 1 when some are missing (a budget, a failure), 2 for a value that cannot be used.
+    """
+    from meml_lib import config
+    from meml_lib.pipeline import processes
+
+    with _plain_errors():
+        study = config.load_study(file, set_)
+        processes.sigterm_as_interrupt()
+        missing = 0
+        for run in _asking(study):
+            from meml_lib.experts import collect
+
+            try:
+                result = collect.run(run)
+            except (OSError, ValueError) as error:  # no key, a broken store, no questions
+                typer.echo(str(error), err=True)
+                raise typer.Exit(2) from error
+            typer.echo(str(result))
+            missing += result.missing
+        if missing:
+            typer.echo(f"{missing} answers are missing; the same command asks for them alone", err=True)
+            raise typer.Exit(1)
+        typer.echo(f"{file}: all answers are stored")
+
+
+def _asking(study) -> Iterator:
+    """A study's runs whose teachers or questions differ: its run file's, then those of arms."""
+    seen = set()
+    for run in (study.base_run(), *(study.run(arm, study.seeds[0]) for arm in study.arms)):
+        values = run.values()
+        api = [(name, values["experts"]["known"][name]["teacher"]) for name in run.experts.panel]
+        asks = {json.dumps([values["task"], *pair], sort_keys=True) for pair in api if pair[1]["kind"] == "api"}
+        if not asks <= seen:
+            seen |= asks
+            yield run
+
+
+@app.command()
 def report(file: File, set_: Set = None, reports_dir: Reports = "reports") -> None:
     """Write a study's report again from what its runs left behind. Trains nothing."""
     from meml_lib import config
@@ -141,8 +183,18 @@ def doctor() -> None:
     typer.echo(f"cores    {found['cores']}, memory {found['memory_gib']} GiB, free disk {free:.0f} GiB")
     typer.echo(f"GPU      {', '.join(found['gpus']) or 'none'}")
     typer.echo(f"data     MEML_DATA_DIR={os.environ.get('MEML_DATA_DIR', '')}")
+    typer.echo("keys     " + ", ".join(f"{name} {'set' if os.environ.get(name) else '-'}" for name in _keys()))
     todo = list(_todo(found, free))
     typer.echo("\n" + ("\n".join(f"- {line}" for line in todo) if todo else "Nothing to do."))
+
+
+def _keys() -> list[str]:
+    """Names of the environment variables that the shipped experts' teachers take their keys from."""
+    from meml_lib import config
+
+    files = sorted((config.root() / "params").rglob("*.yaml"))
+    names = (re.findall(r"\bkey_from: ([A-Z][A-Z0-9_]*)", file.read_text(encoding="utf-8")) for file in files)
+    return sorted({name for found in names for name in found})
 
 
 def _todo(found: dict, free_gib: float) -> Iterator[str]:

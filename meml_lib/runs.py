@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _SELF_AND_CHILDREN = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+HEADLESS = "MEML_HEADLESS"
+"""Environment variable that `pipeline.execute` sets: inside a kernel nothing else tells that nobody watches."""
+LOG_EVERY_S = 5.0
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "pandas", "snakemake", "papermill")
 
 
@@ -182,6 +185,21 @@ def _try_lock(handle: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+# --- who watches ------------------------------------------------------------------------------------------------------
+
+
+def in_kernel() -> bool:
+    """Whether this process is a notebook's kernel."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return shell is not None and hasattr(shell, "kernel")
+
+
+def watched() -> bool:
+    """Whether a person sees what is printed, so that a bar may move; else a line every LOG_EVERY_S seconds will do."""
+    return not os.environ.get(HEADLESS) and (in_kernel() or sys.stderr.isatty())
 
 
 # --- provenance -------------------------------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ def test_base_gives_every_value_that_no_part_gives():
         ("riel.lr=.inf", "riel.lr = inf: must be a finite number"),
         ("riel.objective.grpo.scale=sdt", "scale = 'sdt': must be one of 'none' or 'std'; did you mean 'std'?"),
         ("task.name=gsm9k", "task.name = 'gsm9k': must be one of .*did you mean 'gsm8k'?"),
-        ("riel=3", "riel = 3: must be a mapping of keys"),
+        ("riel=3", "riel must be a mapping of keys; it is of type int"),
         ("model.lora.rank=4", "model.lora.alpha is missing: no file gives it"),
         ("experts.panel=[storry]", "panel names 'storry', which experts.known lacks"),
         ("riel.objective.buffer_sft.wrong_over=4", "wrong_over=4 must be < rollouts_per_expert=4"),

@@ -9,7 +9,7 @@ import time
 import fake_stage
 import pytest
 
-from meml_lib import config, training
+from meml_lib import config, runs, training
 from meml_lib.pipeline import keys, launch, outputs, processes
 from meml_lib.runs import RunFolder
 
@@ -19,7 +19,7 @@ def run(tmp_path, monkeypatch):
     """run(overrides) -> a smoke run in a temporary folder; training is faked."""
     monkeypatch.setitem(sys.modules, launch.STAGE, None)
     monkeypatch.setattr(training, "stage", None, raising=False)
-    monkeypatch.setenv(launch.HEADLESS, "1")
+    monkeypatch.setenv(runs.HEADLESS, "1")
     fake_stage.install()
     return lambda *overrides: config.load_run("params/smoke.yaml", overrides, run_dir=tmp_path / "run")
 
@@ -122,7 +122,7 @@ def troubled(stage, p, on_record):
 @pytest.mark.parametrize("watched", [False, True])
 def test_a_sign_of_trouble_is_printed_once(run, capsys, monkeypatch, watched):
     if watched:  # at a terminal, above the bar
-        monkeypatch.delenv(launch.HEADLESS)
+        monkeypatch.delenv(runs.HEADLESS)
         monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     p = run("mef.steps=40", "riel.steps=40", "riel.objective.buffer_sft.capacity=9")
     launch.train("mef", p)

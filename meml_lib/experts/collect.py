@@ -11,7 +11,7 @@ kind, not stored, and asked again by the next run:
 | 401, 403: the key is refused; 402, 429 insufficient_quota: no money; 404: no such model | that teacher stops, the others go on |
 | a reply names another model (`store.accepted`) | stored under its name, not used; that teacher stops |
 | another 4xx | counted |
-| max(10, 2 x concurrency) failures in a row | that teacher stops |
+| 10 failures in a row, 2 x concurrency where that is more | that teacher stops |
 | a budget is reached | nothing more is asked; what is under way is kept |
 | Ctrl-C, SIGTERM | requests under way are given up; what had arrived is stored |
 | finish_reason other than stop | stored with ended = False; an empty answer is stored as "" |
@@ -84,7 +84,8 @@ class _Teacher:
     before: int = 0
     new: int = 0
     in_a_row: int = 0
-    stopped: str | None = None
+    stopped: list[str] = field(default_factory=list)
+    """Why nothing more is asked of it."""
     failed: Counter[str] = field(default_factory=Counter)
     """Kind -> requests given up."""
     retried: Counter[str] = field(default_factory=Counter)
@@ -92,6 +93,9 @@ class _Teacher:
     example: dict[str, str] = field(default_factory=dict)
     """Kind -> what the endpoint said of one of them."""
     spent: Counter[str] = field(default_factory=Counter)
+
+    def stop(self, reason: str) -> None:
+        self.stopped += [reason] if reason not in self.stopped else []
 
     def cost(self, prompt_tokens: int, answer_tokens: int) -> float | None:
         """In the currency of the price; None: no price."""
@@ -242,7 +246,8 @@ def run(p: config.Run) -> Collected:
         for path in paths:
             locks.enter_context(runs.locked(path.with_name(f".{path.name}.lock"), str(path)))
         collecting = _Collecting(p, teachers, questions)
-        if any(teacher.before < teacher.asked for teacher in teachers):
+        if collecting.done < collecting.total:
+            collecting.open_stores(locks)
             _in_a_thread(collecting)
     return collecting.summary()
 
@@ -266,7 +271,10 @@ class _Collecting:
         self.p, self.teachers, self.questions = p.collect, teachers, questions
         self.seconds, self._started = 0.0, time.monotonic()
         self._task: tuple[asyncio.AbstractEventLoop, asyncio.Task] | None = None
+        self._cancelled = False
         self._there: set[tuple[str, str, int]] = set()
+        self._stores: dict[str, Store] = {}
+        self._clients: dict[tuple[str, str | None], openai.AsyncOpenAI] = {}
         self._spent_before = Counter()
         self._look()
         self._secrets = self._keys()
@@ -288,7 +296,7 @@ class _Collecting:
                     self._there |= {key} if accepted(teacher.params, record) else set()
                 else:
                     now = values(teacher.params)
-                    changed = [name for name in now if record["values"].get(name) != now[name]]
+                    changed = [name for name in now if record.get("values", {}).get(name) != now[name]]
                     otherwise[key] = ", ".join(changed) or "the question's text"
         for teacher in self.teachers:
             wanted = [(teacher.expert, q.id, n) for q in self.questions for n in range(teacher.params.samples)]
@@ -312,13 +320,23 @@ class _Collecting:
                 secrets |= {teacher.key: f"[{name}]", json.dumps(teacher.key)[1:-1]: f"[{name}]"}
         return secrets
 
+    def open_stores(self, stack: ExitStack) -> None:
+        """For as long as the stack lives."""
+        for path in dict.fromkeys(teacher.params.path for teacher in self.teachers):
+            self._stores[path] = store = Store(config.locate(path))
+            stack.callback(store.close)
+            if store.torn:
+                print(f"{path}: its last line was torn ({store.torn} bytes); it is cut off, and asked again")
+
     def clean(self, text: str) -> str:
+        """The text without any key."""
         for key, stand_in in self._secrets.items():
             text = text.replace(key, stand_in)
         return text
 
     def cancel(self) -> None:
         """From another thread; nothing happens once it is over."""
+        self._cancelled = True
         if self._task and not self._task[1].done():
             self._task[0].call_soon_threadsafe(self._task[1].cancel)
 
@@ -326,41 +344,31 @@ class _Collecting:
         self._task = asyncio.get_running_loop(), asyncio.current_task()
         self._budget = _Budget(self.p.budget, self._spent_before)
         self._started = time.monotonic()
-        with ExitStack() as stores:
-            self._stores = {}
-            for path in dict.fromkeys(teacher.params.path for teacher in self.teachers):
-                self._stores[path] = store = Store(config.locate(path))
-                stores.callback(store.close)
-                if store.torn:
-                    print(f"{path}: the last line was torn ({store.torn} bytes, no newline); it is cut off and asked again")
-            async with AsyncExitStack() as clients:
-                self._clients = {}
-                for teacher in self.teachers:
-                    if (place := (teacher.params.base_url, teacher.key)) not in self._clients:
-                        self._clients[place] = await clients.enter_async_context(
-                            openai.AsyncOpenAI(
-                                base_url=teacher.params.base_url,
-                                api_key=teacher.key or "none",
-                                max_retries=self.p.retries,
-                                timeout=self.p.timeout_s,
-                                http_client=_Http(timeout=self.p.timeout_s),
-                            )
-                        )
-                requests = self._requests()
-                try:
-                    async with asyncio.TaskGroup() as workers:
-                        for _ in range(self.p.concurrency):
-                            workers.create_task(self._work(requests))
-                except* OSError as errors:
-                    raise errors.exceptions[0] from None
-                finally:
-                    self.seconds = time.monotonic() - self._started
+        async with AsyncExitStack() as clients:
+            for place in {(teacher.params.base_url, teacher.key) for teacher in self.teachers}:
+                client = openai.AsyncOpenAI(
+                    base_url=place[0],
+                    api_key=place[1] or "none",
+                    max_retries=self.p.retries,
+                    timeout=self.p.timeout_s,
+                    http_client=_Http(timeout=self.p.timeout_s),
+                )
+                self._clients[place] = await clients.enter_async_context(client)
+            requests = self._requests()
+            try:
+                async with asyncio.TaskGroup() as workers:
+                    for _ in range(min(self.p.concurrency, self.total - self.done)):
+                        workers.create_task(self._work(requests))
+            except BaseExceptionGroup as group:  # of the first worker that failed; the others were ended for it
+                raise group.exceptions[0] from None
+            finally:
+                self.seconds = time.monotonic() - self._started
 
     def _requests(self) -> Iterator[_Request]:
         for question in self.questions:
             for teacher in self.teachers:
                 for sample in range(teacher.params.samples):
-                    if self._budget.reached:
+                    if self._budget.reached or self._cancelled:
                         return
                     if not teacher.stopped and (teacher.expert, question.id, sample) not in self._there:
                         yield _Request(teacher, question, sample)
@@ -391,12 +399,11 @@ class _Collecting:
 
     async def _ask(self, request: _Request) -> dict[str, Any]:
         """The record of an answer; of a failure its kind, under `failed`."""
-        teacher, body, started = request.teacher, request.body, time.monotonic()
+        teacher, started = request.teacher, time.monotonic()
         client = self._clients[teacher.params.base_url, teacher.key]
-        model, messages = body.pop("model"), body.pop("messages")
         try:
-            raw = await client.chat.completions.with_raw_response.create(model=model, messages=messages, extra_body=body)
-            reply = _Reply.model_validate_json(raw.http_response.content)
+            reply = await client.post("/chat/completions", body=request.body, cast_to=httpx2.Response)
+            reply = _Reply.model_validate_json(reply.content)
         except _BudgetReached:
             return {"failed": "budget", "said": "no request was left for a retry"}
         except ValidationError as error:
@@ -427,14 +434,15 @@ class _Collecting:
     def _failure(self, teacher: _Teacher, error: openai.OpenAIError) -> dict[str, Any]:
         p, said = teacher.params, ""
         if isinstance(error, openai.APIStatusError):
-            kind, code, said = f"HTTP {error.status_code}", error.status_code, error.message
+            kind, code, said = f"HTTP {error.status_code}", error.status_code, self.clean(error.message)[:300]
             if code in (401, 403):
                 key = f"the key in {p.key_from} was refused" if p.key_from else "it asks for a key: set key_from"
-                teacher.stopped, said = f"{p.base_url}: {key} ({kind})", ""
+                teacher.stop(f"{p.base_url}: {key} ({kind})")
+                said = ""
             elif code == 404:
-                teacher.stopped = f"{p.base_url} knows no model {asked_name(p)!r}, or is no API's address ({kind})"
+                teacher.stop(f"{p.base_url} knows no model {asked_name(p)!r}, or is no API's address ({kind})")
             elif code == 402 or error.code == "insufficient_quota":
-                teacher.stopped = f"{p.base_url}: the account has nothing left to spend ({kind})"
+                teacher.stop(f"{p.base_url}: the account has nothing left to spend ({kind})")
         else:
             kind = "silence" if isinstance(error, openai.APITimeoutError) else "dropped connection"
         return {"failed": kind, "said": said}
@@ -442,22 +450,22 @@ class _Collecting:
     def _count(self, teacher: _Teacher, record: dict[str, Any]) -> None:
         if kind := record.get("failed"):
             teacher.failed[kind] += 1
-            teacher.example.setdefault(kind, self.clean(record["said"]))
+            teacher.example.setdefault(kind, record["said"])
             teacher.in_a_row += kind != "budget"
             if teacher.in_a_row >= max(10, 2 * self.p.concurrency):
-                teacher.stopped = teacher.stopped or f"{teacher.in_a_row} failures in a row, the last: {kind}"
+                teacher.stop("too many failures in a row")
             return
         teacher.in_a_row = 0
         if not accepted(teacher.params, record):
             teacher.failed["another model"] += 1
-            teacher.stopped = self.clean(
-                f"replies name the model {record['model']!r}, not {asked_name(teacher.params)!r}: if that is the one that"
-                f" is meant, set experts.known.{teacher.expert}.teacher.replies_as, and the stored replies count"
+            teacher.stop(
+                f"replies name the model {self.clean(record['model'])!r}, not {asked_name(teacher.params)!r}: if that is the one"
+                f" that is meant, set experts.known.{teacher.expert}.teacher.replies_as, and the stored replies count"
             )
             return
         teacher.new += 1
         if record["answer_tokens"] is None and {"tokens", "money"} & self._budget.bounds.keys():
-            teacher.stopped = "replies do not say how many tokens they took: no budget of tokens or money can be kept"
+            teacher.stop("replies do not say how many tokens they took: no budget of tokens or money can be kept")
 
     # --- what is said ---------------------------------------------------------------------------------------------
 
@@ -505,8 +513,8 @@ class _Collecting:
                     "seconds": round(self.seconds, 1),
                 }
             )
-            messages += [f"{t.expert} stopped: {t.stopped}"] if t.stopped else []
-            messages += [f"{t.expert}, {kind}: {said[:300]}" for kind, said in t.example.items() if said]
+            messages += [f"{t.expert} stopped: {reason}" for reason in t.stopped]
+            messages += [f"{t.expert}, {kind}: {said}" for kind, said in t.example.items() if said]
         if self._budget and self._budget.reached:
             messages.append(f"the budget of {self._budget.reached} is reached: {self._budget} spent, earlier runs included")
         columns = list(rows[0]) if rows else ["expert", "asked", "missing"]

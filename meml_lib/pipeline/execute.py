@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from meml_lib import config, runs
-from meml_lib.pipeline import graph, keys, launch, processes
+from meml_lib.pipeline import graph, keys, processes
 from meml_lib.runs import RunFolder
 
 LARGEST_NOTEBOOK_MB = 5.0
@@ -65,7 +65,7 @@ def execute(job: graph.Job, jobs: dict[str, graph.Job]) -> None:
 
 def _run_notebook(job: graph.Job, folder: RunFolder) -> None:
     os.environ |= {
-        launch.HEADLESS: "1",
+        runs.HEADLESS: "1",
         "TQDM_DISABLE": "1",
         "JUPYTER_PREFER_ENV_PATH": "1",  # this environment's kernel, not another one of the same name
         **{f"{library}_NUM_THREADS": str(job.threads) for library in ("OMP", "MKL", "OPENBLAS", "NUMEXPR")},

@@ -23,9 +23,6 @@ from meml_lib.runs import RunFolder
 if TYPE_CHECKING:
     import pandas as pd
 
-HEADLESS = "MEML_HEADLESS"
-"""Environment variable that `execute` sets: inside a kernel nothing else tells that nobody watches."""
-LOG_EVERY_S = 5.0
 CURVE_EVERY_S = 3.0
 STAGE = "meml_lib.training.stage"
 
@@ -213,13 +210,12 @@ class _Display:
         self._curve: Any = None
 
     def __enter__(self) -> _Display:
-        in_kernel = _in_kernel()
-        if os.environ.get(HEADLESS) or not (in_kernel or sys.stderr.isatty()):
+        if not runs.watched():
             return self
         from tqdm.auto import tqdm
 
         self._bar = tqdm(total=self._total, desc=self._stage, unit="step")
-        if in_kernel:
+        if runs.in_kernel():
             from IPython.display import display
 
             self._curve = display(display_id=True)
@@ -231,7 +227,7 @@ class _Display:
         if self._bar is not None:
             self._bar.set_postfix_str(_numbers(record), refresh=False)
             self._bar.update()
-        elif now - self._line_at >= LOG_EVERY_S:
+        elif now - self._line_at >= runs.LOG_EVERY_S:
             self._line_at = now
             self._print_line()
         for sign in self._watch.see(record) if self._watch else ():
@@ -263,9 +259,3 @@ class _Display:
 def _numbers(record: dict[str, Any]) -> str:
     shown = ("reward", "loss", "validation_accuracy")
     return ", ".join(f"{name} {record[name]:.3f}" for name in shown if record.get(name) is not None)
-
-
-def _in_kernel() -> bool:
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython else None
-    return shell is not None and hasattr(shell, "kernel")
