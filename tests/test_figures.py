@@ -49,14 +49,49 @@ def test_error_overlap_draws_the_sizes_that_overlap_counts():
     picture = figures.error_overlap(answers())
     bars = next(axes for axes in picture.figure.axes if axes.patches)
     assert [bar.get_height() for bar in bars.patches] == overlap.wrong_together(answers())["questions"].tolist()
-    assert "25.0 % of all" in picture.figure._suptitle.get_text()  # q3 of 4
-    assert "33.3 % of union" in picture.figure._suptitle.get_text()  # q3 of q1, q2, q3
+    title = picture.figure._suptitle.get_text().replace("\N{NO-BREAK SPACE}", " ")
+    assert "33.3 [0.8, 90.6] % of union, 25.0 [4.6, 69.9] % of all" in title  # q3 of q1, q2, q3; of 4
 
 
-def test_overlap_of_flawless_experts_is_drawn_as_undefined():
-    picture = figures.error_overlap(answers().assign(correct=pd.array([True] * 12, dtype="boolean")))
-    assert "undefined of union, 0.0 % of all" in picture.figure._suptitle.get_text()
-    assert figures.phi(answers()).data.loc[0, "bob"] == 0  # 1 both right, 1 both wrong, 1 + 1 apart
+def cell_texts(picture: figures.Picture) -> dict[tuple[int, int], str]:
+    texts = {text.get_position(): text.get_text() for text in picture.figure.axes[0].texts}
+    return {place: text.replace("\N{NO-BREAK SPACE}", " ") for place, text in texts.items()}
+
+
+def test_pairs_are_drawn_twice_with_their_intervals_and_the_diagonal_is_empty():
+    shown = cell_texts(figures.error_overlap(answers()))
+    assert shown[0, 1] == shown[1, 0] == "33\n[1, 91]" and shown[0, 0] == ""  # ann, bob: q3 of q1, q2, q3
+    assert shown[0, 2] == shown[2, 0] == "67\n[9, 99]"  # ann, cem: q2, q3 of q1, q2, q3
+    shown = cell_texts(figures.phi(answers()))
+    assert shown[1, 0].startswith("0.00\n[-0.") and shown[2, 0].startswith("0.58\n[")  # (1 * 2 - 1 * 0) / sqrt(12)
+
+
+def test_a_pair_without_a_number_and_a_lone_expert_say_so():
+    flawless = answers().assign(correct=pd.array([True] * 12, dtype="boolean"))
+    picture = figures.error_overlap(flawless)
+    assert "— % of union, 0.0 [0.0," in picture.figure._suptitle.get_text() and cell_texts(picture)[0, 1] == "—"
+    assert cell_texts(figures.phi(flawless))[0, 1] == "—"
+    assert cell_texts(figures.error_overlap(answers().iloc[:4])) == {(0, 0): "one expert: no pair"}
+
+
+def test_many_experts_leave_no_room_for_intervals():
+    marks = answers().iloc[:4]
+    many = pd.concat([marks.assign(expert=f"e{i}") for i in range(6)])
+    assert cell_texts(figures.error_overlap(many))[0, 1] == "100"
+
+
+def test_coverage_is_drawn_in_three_orders_with_each_added_experts_colour():
+    picture = figures.coverage(answers(), order=["cem", "bob", "ann"])
+    axes = picture.figure.axes[0]
+    listed, greedy, mean = axes.containers
+    assert listed.lines[0].get_ydata().tolist() == pytest.approx([50, 75, 75])
+    assert mean.lines[0].get_ydata().tolist() == pytest.approx([100 * 5 / 12, 100 * 2 / 3 - 100 / 12, 75])
+    reach = listed.lines[2][0].get_segments()[0][:, 1].tolist()
+    assert reach == [pytest.approx(100 * limit, abs=0.01) for limit in (0.1500, 0.8500)]  # Wilson, 2 of 4
+    points = [line for line in axes.get_lines() if line.get_marker() in "osD" and len(line.get_xdata())]
+    assert [line.get_color() for line in points[:3]] == [figures.COLOURS[place] for place in (2, 1, 0)]  # ann, bob, cem
+    assert len({container.lines[0].get_linestyle() for container in axes.containers}) == 3
+    assert picture.data.equals(overlap.coverage(answers()))
 
 
 @pytest.mark.parametrize("validated", [False, True])
@@ -99,8 +134,9 @@ def test_scores_are_drawn_in_percent_with_their_intervals():
     assert drawn == [(20, 40), (30,), (40, 60), (50,), (50, 70), (60,)]
     axes = figures.arms(scores().iloc[1:2].assign(kind="all")).figure.axes[0]
     assert [tuple(np.round(line.get_xdata(), 6)) for line in axes.get_lines()] == [(40, 60), (40, 60), (50,)]
-    axes = figures.pass_at_k(scores().iloc[:2].assign(k=[1, 2])).figure.axes[0]
-    assert line(axes, "full").get_ydata().tolist() == pytest.approx([30, 50])
+    shares = scores().iloc[:2].assign(k=[1, 2], n=4).rename(columns={"mean": "share"})
+    axes = figures.shares(shares, "k", title="pass@k", by="label").figure.axes[0]
+    assert axes.containers[0].lines[0].get_ydata().tolist() == pytest.approx([30, 50])
 
 
 def test_arms_of_a_kind_stand_together_below_its_name_in_its_colour():

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from meml_lib.analysis import overlap
+from meml_lib.analysis import overlap, stats
 
 RIGHT = {  # question -> what ann, bob and cem did; None: unreadable
     "q1": (True, True, True),
@@ -35,8 +35,7 @@ def test_accuracy_counts_unreadable_as_not_right_but_apart():
     assert (low, high) == (pytest.approx(0.1876, abs=1e-4), pytest.approx(0.8124, abs=1e-4))
 
 
-def test_error_sets_and_the_sets_that_part_the_questions():
-    assert overlap.error_sets(table())["cem"] == {"q2", "q3", "q4", "q5", "q6"}
+def test_the_sets_of_errors_part_the_questions():
     sizes = overlap.wrong_together(table()).set_index(["ann", "bob", "cem"])["questions"].to_dict()
     assert sizes == {
         (True, True, True): 2,
@@ -47,22 +46,50 @@ def test_error_sets_and_the_sets_that_part_the_questions():
     }
 
 
-def test_overlap_is_intersection_over_union_and_says_the_other_reading_too():
-    pairs = overlap.pairwise_overlap(table())
-    assert pairs.loc["ann", "bob"] == pytest.approx(2 / 4)
-    assert pairs.loc["ann", "cem"] == pytest.approx(3 / 5)
-    assert pairs.loc["bob", "bob"] == 1
-    assert overlap.overlap_all(table()) == overlap.Overlap(
-        iou=2 / 5, all_wrong_share=2 / 6, all_wrong=2, any_wrong=5, questions=6
-    )
+def test_shared_errors_of_each_two_and_of_all():
+    frame = overlap.shared_errors(table()).set_index("experts")
+    assert frame["all_wrong"].to_dict() == {"ann + bob": 2, "ann + cem": 3, "bob + cem": 3, "ann + bob + cem": 2}
+    assert frame["any_wrong"].tolist() == [4, 5, 5, 5] and (frame["n"] == 6).all()
+    assert frame["iou"].tolist() == pytest.approx([2 / 4, 3 / 5, 3 / 5, 2 / 5])
+    assert frame["all_wrong_share"].tolist() == pytest.approx([2 / 6, 3 / 6, 3 / 6, 2 / 6])
+    low, high = frame.loc["ann + bob", ["iou_low", "iou_high"]]  # P(2 or more of 4) = 2.5 % at a share of 0.0676
+    assert (low, high) == (pytest.approx(0.0676, abs=1e-4), pytest.approx(1 - 0.0676, abs=1e-4))
+    low, high = frame.loc["ann + cem", ["all_wrong_share_low", "all_wrong_share_high"]]  # Wilson, 3 of 6
+    assert (low, high) == (pytest.approx(0.1876, abs=1e-4), pytest.approx(0.8124, abs=1e-4))
+
+
+def test_phi_of_each_two_is_the_correlation_of_being_right():
+    frame = overlap.shared_errors(table()).set_index("experts")
+    # ann and bob: 2 both right, 2 both wrong, 1 + 1 apart
+    assert frame.loc["ann + bob", "phi"] == pytest.approx((2 * 2 - 1 * 1) / 9)
+    assert frame.loc["ann + cem", "phi"] == pytest.approx((1 * 3 - 2 * 0) / np.sqrt(3 * 3 * 1 * 5))
+    assert np.isnan(frame.loc["ann + bob + cem", "phi"])
+    # half an answer added to each cell: phi 0.25, its variance (1 - 0.25^2) / 8; arctanh 0.2554 -+ 1.96 * 0.3651
+    low, high = frame.loc["ann + bob", ["phi_low", "phi_high"]]
+    assert (low, high) == (pytest.approx(-0.4303, abs=1e-4), pytest.approx(0.7491, abs=1e-4))
 
 
 def test_overlap_of_flawless_experts_is_undefined_not_zero():
     flawless = table({"q1": (True, True, True), "q2": (True, True, True)})
-    assert np.isnan(overlap.overlap_all(flawless).iou) and overlap.overlap_all(flawless).all_wrong_share == 0
-    assert overlap.pairwise_overlap(flawless).isna().all(axis=None)
+    frame = overlap.shared_errors(flawless)
+    assert frame[["iou", "iou_low", "iou_high", "phi", "phi_low"]].isna().all(axis=None)
+    assert (frame["all_wrong_share"] == 0).all()
+    assert frame["all_wrong_share_high"].tolist() == pytest.approx([0.6576] * 4, abs=1e-4)  # Wilson, 0 of 2
     assert overlap.corrected_by_others(flawless)["share"].isna().all()
-    assert overlap.phi(flawless).isna().all(axis=None)
+    assert overlap.wrong_for_all(flawless, questions_of("q1", "q2")).empty
+
+
+def questions_of(*ids: str) -> pd.DataFrame:
+    return pd.DataFrame({"question_id": ids, "text": [f"ask {i}" for i in ids], "gold": "8", "difficulty": 1})
+
+
+def test_the_questions_that_all_get_wrong_are_listed_with_what_each_answered():
+    listed = overlap.wrong_for_all(table(), questions_of(*reversed(RIGHT)))
+    assert listed.columns.tolist() == ["question_id", "text", "gold", "answer/ann", "answer/bob", "answer/cem"]
+    rows = listed.astype(object).where(listed.notna(), None).to_numpy().tolist()
+    assert rows == [["q4", "ask q4", "8", "ann's", "bob's", "cem's"], ["q5", "ask q5", "8", "ann's", "bob's", None]]
+    with pytest.raises(KeyError, match="q5"):
+        overlap.wrong_for_all(table(), questions_of("q4"))
 
 
 def test_corrected_by_others_is_a_share_of_an_experts_errors():
@@ -75,19 +102,53 @@ def test_corrected_by_others_is_a_share_of_an_experts_errors():
 def test_a_lone_expert_is_corrected_by_nobody():
     alone = table({"q1": (True,), "q2": (False,)}, experts=("ann",))
     assert overlap.corrected_by_others(alone)["corrected"].tolist() == [0]
-    assert overlap.overlap_all(alone).iou == 1
+    assert overlap.shared_errors(alone)[["experts", "iou"]].to_numpy().tolist() == [["ann", 1]]
+    assert overlap.coverage(alone)["share"].tolist() == [0.5, 0.5, 0.5]
 
 
-def test_phi_is_the_correlation_of_being_right():
-    matrix = overlap.phi(table())
-    assert matrix.loc["ann", "bob"] == pytest.approx((2 * 2 - 1 * 1) / 9)  # 2 both right, 2 both wrong, 1 + 1 apart
-    assert matrix.loc["ann", "ann"] == 1
+def orders(answers: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    return dict(list(overlap.coverage(answers).groupby("order", sort=False)))
 
 
 def test_coverage_grows_as_experts_are_added():
-    frame = overlap.coverage(table())
-    assert frame["added"].tolist() == ["ann", "bob", "cem"]
-    assert frame["right"].tolist() == [3, 4, 4]
+    right = {question: (c, a, b) for question, (a, b, c) in RIGHT.items()}
+    frames = orders(table(right, experts=("cem", "ann", "bob")))
+    assert list(frames) == ["as listed", "greedy", "mean over orders"]
+    assert [frame["experts"].tolist() for frame in frames.values()] == [[1, 2, 3]] * 3
+    assert frames["as listed"]["added"].tolist() == ["cem", "ann", "bob"]
+    assert frames["as listed"]["share"].tolist() == pytest.approx([1 / 6, 3 / 6, 4 / 6])
+    assert frames["as listed"]["low"].tolist() == pytest.approx([stats.wilson(k, 6).low for k in (1, 3, 4)])
+    assert frames["greedy"]["added"].tolist() == ["ann", "bob", "cem"]
+    assert frames["greedy"]["share"].tolist() == pytest.approx([3 / 6, 4 / 6, 4 / 6])
+    # of one and of two experts, at least one is right: q1 always; q2, q3 1/3, 2/3; q6 2/3, always
+    shares = [(1 + 1 / 3 + 1 / 3 + 2 / 3) / 6, (1 + 2 / 3 + 2 / 3 + 1) / 6, 4 / 6]
+    assert frames["mean over orders"]["share"].tolist() == pytest.approx(shares)
+    assert frames["mean over orders"]["added"].isna().all() and (frames["mean over orders"]["n"] == 6).all()
+
+
+def test_greedys_low_limit_is_of_an_order_chosen_on_other_questions():
+    right = {question: (c, a, b) for question, (a, b, c) in RIGHT.items()}
+    frame = orders(table(right, experts=("cem", "ann", "bob")))["greedy"]
+    # q1, q3, q5 choose bob, cem, ann: 1, 1, 2 of q2, q4, q6; those choose ann, cem, bob: 1, 1, 2 of q1, q3, q5.
+    # Together 2, 2, 4. Halved as q1, q2, q5, q6 | q3, q4 also 2, 2, 4; as q1 to q4 | q5, q6 3, 3, 4.
+    # Means 2.3, 2.3, 4, rounded down.
+    assert frame["low"].tolist() == pytest.approx([stats.wilson(k, 6).low for k in (2, 2, 4)])
+    assert frame["high"].tolist() == pytest.approx([stats.wilson(k, 6).high for k in (3, 4, 4)])
+
+
+def test_simulation_of_coverage_holds_the_truth_where_greedy_has_nothing_to_choose_by():
+    """Six experts alike, independent, right half the time: any k of them cover 1 - 1/2^k of all questions there are."""
+    rng, n, truth, found = np.random.default_rng(4), 200, np.tile(1 - 0.5 ** np.arange(1, 7), 3), []
+    frame = pd.DataFrame({"question_id": np.repeat(np.arange(n), 6), "expert": np.tile(list("abcdef"), n)})
+    for _ in range(400):
+        right = (rng.random((n, 6)) < 0.5).ravel()
+        found.append(overlap.coverage(frame.assign(sample=0, answer="8", correct=right))[["share", "low", "high"]])
+    share, low, high = np.array(found).transpose(2, 0, 1)  # [studies, orders x experts]
+    covered = np.mean((low <= truth) & (truth <= high), axis=0)
+    flattered = np.mean([stats.wilson(round(best * n), n).low <= 0.5 for best in share[:, 6]])
+    print(f"\ncovered: {covered.round(3).tolist()}; greedy's first by Wilson's own low limit: {flattered:.3f}")
+    assert covered.min() >= 0.93 > flattered
+    assert covered[:4].max() <= 0.98  # an interval of everything would cover as well
 
 
 def voting(*answers_and_marks) -> pd.DataFrame:
@@ -163,7 +224,7 @@ def test_an_answer_twice_is_an_error():
 
 def test_experts_that_answered_different_questions_are_an_error():
     with pytest.raises(ValueError, match="expert 'cem' has no answer to question 'q6' \\(1 of 6 missing\\)"):
-        overlap.overlap_all(table().iloc[:-1])
+        overlap.shared_errors(table().iloc[:-1])
 
 
 def test_an_empty_table_is_an_error():

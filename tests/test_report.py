@@ -4,11 +4,13 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterable
+from itertools import combinations
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+from statsmodels.stats.proportion import proportion_confint
 
 from meml_lib import config, schema
 from meml_lib.analysis import claims, readable, report
@@ -290,8 +292,9 @@ def test_training_is_summed_up_from_the_metrics(data):
 def test_teachers_are_compared_on_questions_that_all_answered(study, data):
     (three,) = data["teachers"]  # a teacher alone shares no error
     marks = right(table(study, "full", 0, stage="mef", name="teacher_answers")).dropna()
-    assert (three["left_out"], three["questions"]) == (1, QUESTIONS - 1)
-    assert three["iou"] == pytest.approx((marks.max(axis=1) == 0).sum() / (marks.min(axis=1) == 0).sum())
+    *pairs, everyone = three["shared"]
+    assert (three["left_out"], everyone["n"], len(pairs)) == (1, QUESTIONS - 1, 3)
+    assert everyone["iou"] == pytest.approx((marks.max(axis=1) == 0).sum() / (marks.min(axis=1) == 0).sum())
 
 
 def test_a_sign_of_trouble_stands_with_its_seeds_steps_and_figure(spare):
@@ -378,6 +381,7 @@ NAMES = {
     "signs": ["arm", "sign"],
     "prompts": ["stage 1", "seed", "prompt"],
     "teachers": ["panel", "teacher"],
+    "shared": ["teachers"],
     "difficulty": ["arm", "stage"],
     "overlap": ["arm", "stage"],
     "paper": ["table", "row"],
@@ -528,6 +532,9 @@ OTHER_TABLES: dict[str, tuple[Callable[[config.Study], None], set[Cell]]] = {
         lambda s: redrawn(s, "teacher_answers", [("full", 0, "mef")]),
         of("teachers", [(", ".join(PANEL), expert) for expert in PANEL],
            ["right, %", "unreadable", "errors", "errors answered rightly by another, %"])
+        | of("shared", [(" + ".join(group),) for group in [*combinations(PANEL, 2), PANEL]],
+             ["all wrong", "any wrong", "intersection / union, %", "wrong for all, %", "phi"])
+        - of("shared", [(" + ".join(PANEL),)], ["phi"])
         | of("paper", [("table-1", row["row"]) for row in claims.values()["tables"]["table-1"]["rows"]], [*OURS, "n"]),
     ),
     "likelihoods": (
@@ -709,6 +716,23 @@ def test_compare_shows_one_run_beside_the_paper(study):
     assert teachers["n"][0] > 0 and teachers["paper"].tolist() == ["3.06", "90.11"]
     with pytest.raises(ValueError, match="table 'table-9' is not in paper.yaml"):
         report.compare(study.run("full", 0), paper="table-9")
+
+
+def test_table_1_stands_beside_any_panels_answers_and_says_what_is_unknown():
+    p = config.load_run("smollm2-strategyqa.yaml")
+    panel = list(p.experts.panel)[:2]  # of more that the file knows
+    p = config.load_run("smollm2-strategyqa.yaml", {"experts.panel": panel})
+    teachers = answers(np.random.default_rng(0), panel, 0.6, split="train")
+    marks = right(teachers)
+    wrong_all, wrong_any = int((marks.max(axis=1) == 0).sum()), int((marks.min(axis=1) == 0).sum())
+    shown = report.compare(p, "table-1", teachers)
+    assert shown["paper"].tolist() == ["unknown", "unknown"] and shown["verdict"].str.startswith("not comparable").all()
+    assert shown["ours"][0] == f"{100 * wrong_all / wrong_any:.1f}" and shown["n"][0] == wrong_any
+    low, high = proportion_confint(wrong_all, wrong_any, method="beta")
+    assert shown["95 % interval of ours"][0].split() == [f"[{100 * low:.1f},", f"{100 * high:.1f}]"]
+    errors = (marks == 0).sum()
+    corrected = errors.max() - wrong_all  # of two teachers' errors, those that are not shared
+    assert shown["ours"][1] == f"{100 * corrected / errors.max():.1f}" and shown["n"][1] == errors.max()
 
 
 def test_a_run_alone_has_the_same_tables_as_in_its_study(study, data):

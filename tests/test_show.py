@@ -33,16 +33,19 @@ def test_only_questions_that_all_answered_are_compared(answers):
         overlap.answered_by_all(answers[answers["question_id"].eq("q4") | answers["expert"].eq("b")])
 
 
-def test_both_readings_of_the_overlap_are_shown_in_percent(answers):
-    shared = show.shared_errors(overlap.answered_by_all(answers))
-    assert shared[["wrong_for_all", "of"]].to_numpy().tolist() == [[1, 2], [1, 3]]
-    text = show.percent(shared)["% [95 % interval]"].str.replace("\N{NO-BREAK SPACE}", " ")
-    assert text.tolist() == ["50.0 [9.5, 90.5]", "33.3 [6.1, 79.2]"]
+def test_intervals_are_shown_in_percent_and_phi_as_it_is(answers):
+    pair = show.percent(overlap.shared_errors(overlap.answered_by_all(answers)))  # q1 both, q2 b alone, q3 both right
+    assert pair.columns.tolist()[:4] == ["experts", "n", "all_wrong", "any_wrong"] and len(pair) == 1
+    texts = pair.iloc[0, 4:].str.replace("\N{NO-BREAK SPACE}", " ").to_dict()
+    assert texts["wrong for all, %"] == "33.3 [6.1, 79.2]" and texts["intersection / union, %"] == "50.0 [1.3, 98.7]"
+    assert texts["phi"].startswith("0.50 [")
+    shares = show.percent(overlap.accuracy(overlap.answered_by_all(answers)))
+    assert shares["% [95 % interval]"].str.slice(0, 5).tolist() == ["33.3 ", "66.7 "]
 
 
 def test_an_overlap_of_no_errors_is_a_dash(answers):
-    shared = show.percent(show.shared_errors(answers[answers["question_id"] == "q3"]))
-    assert shared["% [95 % interval]"][0] == "—" and shared["% [95 % interval]"][1].startswith("0.0 [")
+    shared = show.percent(overlap.shared_errors(answers[answers["question_id"] == "q3"])).iloc[0]
+    assert shared["intersection / union, %"] == shared["phi"] == "—" and shared["wrong for all, %"].startswith("0.0 [")
 
 
 def test_the_first_question_on_which_experts_disagree_is_shown_as_text(answers, questions):
@@ -62,8 +65,11 @@ def test_without_samples_pass_at_k_says_so(answers, tmp_path):
     assert "samples_per_expert is 0" in show.pass_at_k(RunFolder(tmp_path))
     sampled = pd.concat([answers[:6], answers[:6].assign(sample=1)])
     RunFolder(tmp_path).write_table("test_sampled", sampled)
-    scores = show.pass_at_k(RunFolder(tmp_path)).data
-    assert scores["k"].tolist() == [1, 1, 2, 2] and scores["mean"].tolist() == pytest.approx([1 / 3, 2 / 3, 1 / 3, 2 / 3])
+    picture = show.pass_at_k(RunFolder(tmp_path))
+    scores = picture.data
+    assert scores["k"].tolist() == [1, 1, 2, 2]
+    assert scores["share"].tolist() == pytest.approx([1 / 3, 2 / 3, 1 / 3, 2 / 3])
+    assert "n = 3 questions a point; 2 samples each" in picture.figure._supxlabel.get_text()
 
 
 def test_shares_are_drawn_with_their_numbers(answers, questions):
@@ -72,4 +78,8 @@ def test_shares_are_drawn_with_their_numbers(answers, questions):
     picture = figures.shares(levels, "difficulty", title="by difficulty")
     assert picture.data is levels and picture.png()[:4] == b"\x89PNG"
     assert len(picture.figure.axes[0].containers) == 2  # a line an expert
-    assert len(figures.shares(overlap.coverage(common), "added", title="any").figure.axes[0].containers) == 1
+    alone = figures.shares(overlap.accuracy(common), "expert", title="any").figure.axes[0]
+    (points,) = alone.containers
+    assert points.lines[0].get_ydata().tolist() == pytest.approx([100 / 3, 200 / 3])
+    reach = [segment[:, 1].tolist() for segment in points.lines[2][0].get_segments()]
+    assert reach == [pytest.approx([6.15, 79.23], abs=0.01), pytest.approx([20.77, 93.85], abs=0.01)]  # Wilson

@@ -4,7 +4,7 @@ import gc
 
 import numpy as np
 import pytest
-from scipy.stats import nct, norm, t, ttest_1samp
+from scipy.stats import binom, nct, norm, t, ttest_1samp
 
 from meml_lib.analysis import stats
 
@@ -55,11 +55,20 @@ def test_a_ratio_of_one_seed_comes_near_wilson_on_its_whole():
     assert (ratio.low, ratio.high) == (pytest.approx(wilson.low, abs=0.003), pytest.approx(wilson.high, abs=0.003))
 
 
+def test_phi_of_marks_that_always_agree_or_never_vary():
+    alike = stats.phi([[3, 0], [0, 5]])
+    assert (alike.mean, alike.low, alike.high) == (pytest.approx(1), pytest.approx(0.0391, abs=1e-4), pytest.approx(1))
+    opposed = stats.phi([[0, 3], [5, 0]])
+    assert (opposed.mean, opposed.low) == (pytest.approx(-1), pytest.approx(-1)) and opposed.n_questions == 8
+    assert np.isnan([stats.phi([[4, 2], [0, 0]]).mean, stats.phi([[4, 0], [2, 0]]).low]).all()
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: stats.wilson(3, 2), "right=3 of n=2"),
         (lambda: stats.wilson(0, 0), "n must be >= 1"),
+        (lambda: stats.exact(0, 0), "n must be >= 1"),
         (lambda: stats.crossed_mean([[1.0]]), r"shape \(1, 1\)"),
         (lambda: stats.crossed_mean([1.0, 0.0]), r"shape \(2,\)"),
         (lambda: stats.crossed_mean([[1.0, np.nan]]), "1 values that are not finite"),
@@ -202,3 +211,47 @@ def test_seeds_whose_means_agree_are_no_surer_than_their_questions():
     questions_alone = 1.96 * values.mean(axis=0).std(ddof=1) / np.sqrt(300)
     assert interval.high - interval.mean == pytest.approx(questions_alone, rel=1e-3)
     assert interval.detectable == pytest.approx(questions_alone * 2.8 / 1.96, rel=1e-3)
+
+
+def test_the_exact_interval_of_intersection_over_union_holds_where_wilsons_does_not():
+    """No draws: of n questions a binomial number is in the union, of that a binomial number in the intersection."""
+    n, covered = 200, {}
+    for interval in (stats.exact, stats.wilson):
+        limits = {(k, m): interval(k, m) for m in range(1, 101) for k in range(min(m, 30) + 1)}
+        low, high = (np.full((101, 31), np.nan) for _ in range(2))
+        for (k, m), found in limits.items():
+            low[m, k], high[m, k] = found.low, found.high
+        for union, iou in ((0.05, 0.01), (0.05, 0.03), (0.1, 0.005), (0.1, 0.03), (0.3, 0.03), (0.3, 0.1)):
+            m, k = np.arange(101)[:, None], np.arange(31)
+            chance = binom.pmf(m, n, union) * binom.pmf(k, m, iou)
+            chance[0] = 0  # nobody errs: undefined
+            covered[interval.__name__, union, iou] = chance[(low <= iou) & (iou <= high)].sum() / chance.sum()
+    print("", *(f"{key}: {share:.3f}" for key, share in covered.items()), sep="\n")
+    assert min(share for (name, *_), share in covered.items() if name == "exact") >= 0.95
+    assert covered["wilson", 0.05, 0.01] < 0.91
+    assert covered["exact", 0.3, 0.1] <= 0.98  # an interval of everything would cover as well
+
+
+@pytest.mark.parametrize("phi", [0.0, 0.5])
+@pytest.mark.parametrize(("one", "other"), [(0.5, 0.5), (0.6, 0.3), (0.9, 0.9), (0.95, 0.95), (0.97, 0.97)])
+def test_simulation_of_phi(one, other, phi):
+    both = one * other + phi * np.sqrt(one * (1 - one) * other * (1 - other))
+    cells = [both, one - both, other - both, 1 - one - other + both]
+    tables = np.random.default_rng(0).multinomial(200, cells, 2000)
+    found = [interval for cells in tables if not np.isnan((interval := stats.phi(cells.reshape(2, 2))).mean)]
+    covered = np.mean([interval.low <= phi <= interval.high for interval in found])
+    width = np.mean([interval.high - interval.low for interval in found])
+    print(f"\n{one:.0%} and {other:.0%} right, phi {phi}: covered {covered:.1%}, width {width:.2f}", end="")
+    assert covered >= 0.93 and all(interval.low <= interval.mean <= interval.high for interval in found)
+    assert one > 0.9 or covered <= 0.98
+
+
+def test_a_mean_chance_is_wilsons_of_as_many_answers_as_vary_alike():
+    # 1, 0.5, 0.5, 0 and half a 0, half a 1: mean 0.5, square 2 / 5, so variance 0.15 of 0.25: 4 / 0.6 = 6.67 answers
+    interval = stats.mean_chance([1, 0.5, 0.5, 0])
+    assert (interval.mean, interval.n_questions) == (0.5, 4)
+    z = 1.95996  # Wilson at a half: 0.5 -+ z / 2 / sqrt(n + z^2)
+    half = pytest.approx(z / 2 / np.sqrt(4 / 0.6 + z**2), abs=1e-5)
+    assert interval.high - 0.5 == half and 0.5 - interval.low == half
+    certain = stats.mean_chance(np.ones(60))
+    assert (certain.low, certain.high) == (pytest.approx(stats.wilson(60, 60).low), pytest.approx(1))

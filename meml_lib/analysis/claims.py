@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cache
 from itertools import groupby
 from math import hypot
@@ -182,10 +182,16 @@ def _ours(
         return f"{arm.label} against {best.label}", gain
     if about == "teachers":
         own = next((t for t in teachers if t["experts"] == arm.panel), None)
-        weakest = own and max(own["corrected"], key=lambda of_one: of_one["errors"])
-        counts = {"overlap_iou": ("all_wrong", "any_wrong"), "corrected_by_others": ("corrected", "errors")}[name]
-        part, whole = ((own if name == "overlap_iou" else weakest)[key] for key in counts) if own else (0, 0)
-        return arm.label, replace(wilson(part, whole), n_seeds=0) if whole else None  # teachers have no seed
+        if not own:
+            return arm.label, None
+        weakest = max(own["corrected"], key=lambda of_one: of_one["errors"])
+        cells = {
+            "overlap_iou": (own["shared"][-1], "iou", "iou_low", "iou_high", "any_wrong"),
+            "corrected_by_others": (weakest, "share", "low", "high", "errors"),
+        }
+        row, *columns = cells[name]
+        *interval, whole = (row[column] for column in columns)
+        return arm.label, Interval(*interval, whole, 0) if whole else None  # teachers have no seed
     measured = arm.measured(name, _stage(row)) if name else None
     return arm.label, measured and measured.interval()
 

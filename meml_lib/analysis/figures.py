@@ -13,8 +13,9 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -101,15 +102,14 @@ def error_overlap(answers: pd.DataFrame, *, title: str = "Error overlap", note: 
 
     `largest`: at most this many sets are drawn; the data holds all.
     """
-    pairs, everyone = overlap.pairwise_overlap(answers), overlap.overlap_all(answers)
-    sizes = overlap.wrong_together(answers)
-    experts, shown = list(pairs.columns), sizes.head(largest)
+    shared, sizes = overlap.shared_errors(answers), overlap.wrong_together(answers)
+    experts, shown = list(answers["expert"].unique()), sizes.head(largest)
     right = overlap.accuracy(answers).set_index("expert")["share"]
-    with _figure(8.4 + 0.25 * max(0, len(shown) - 8), 3.9, note or _count_note(everyone.questions)) as figure:
+    with _figure(8.8 + 0.25 * max(0, len(shown) - 8), 3.9, note or _count_note(shared["n"][0])) as figure:
         widths, heights = [1, 0.9 + 0.09 * len(shown)], [2.4, 0.35 + 0.2 * len(experts)]
         grid = figure.add_gridspec(2, 2, width_ratios=widths, height_ratios=heights)
-        _heatmap(figure.add_subplot(grid[:, 0]), pairs, "Blues", (0, 1), pairs.map(_whole_percent))
-        figure.axes[0].set_title("Errors shared by two (intersection / union)")
+        _pairs(figure.add_subplot(grid[:, 0]), shared, experts, "iou", "Blues", (0, 1))
+        figure.axes[0].set_title("Errors shared by two: intersection / union, %")
         figure.axes[0].set_anchor("N")
         bars, dots = figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, 1])
         places = np.arange(len(shown))
@@ -125,25 +125,53 @@ def error_overlap(answers: pd.DataFrame, *, title: str = "Error overlap", note: 
             members = np.flatnonzero(row)
             dots.plot([place] * len(experts), range(len(experts)), "o", color="#DDDDDD", markersize=5)
             dots.plot([place] * len(members), members, "o-", color="#222222", markersize=5, linewidth=1)
-        names = [f"{name} ({_percent(1 - right[name])} wrong)" for name in experts]
+        names = [f"{name} ({100 * (1 - right[name]):.1f} % wrong)" for name in experts]
         dots.set(yticks=range(len(experts)), yticklabels=names, xticks=[], xlim=bars.get_xlim())
         dots.set_ylim(len(experts) - 0.5, -0.5)
         dots.grid(visible=False)
         dots.spines[:].set_visible(False)
         dots.tick_params(length=0, labelsize=8)
-        both = f"{_percent(everyone.iou)} of union, {_percent(everyone.all_wrong_share)} of all"
+        everyone = shared.iloc[-1]
+        both = f"{_numbers(everyone, 'iou')} % of union, {_numbers(everyone, 'all_wrong_share')} % of all"
         figure.suptitle(f"{title} (all {len(experts)} wrong: {both})", x=0.01, ha="left", fontsize=10.5)
     return Picture(figure, sizes)
 
 
 def phi(answers: pd.DataFrame, *, title: str = "Correlation of being right (phi)", note: str = "") -> Picture:
-    """Heatmap of the phi coefficient of each two experts; empty where one is always or never right."""
-    matrix = overlap.phi(answers)
-    count = answers["question_id"].nunique()
-    with _figure(4.2, 3.7, note or _count_note(count)) as figure:
-        _heatmap(figure.subplots(), matrix, "PuOr", (-1, 1), matrix.map("{:.2f}".format))
+    """Heatmap of the phi coefficient of each two experts; a dash where one is always or never right."""
+    shared = overlap.shared_errors(answers)
+    experts = list(answers["expert"].unique())
+    size = max(4.4, 1.2 + 0.8 * len(experts))
+    with _figure(size, size - 0.6, note or _count_note(shared["n"][0])) as figure:
+        _pairs(figure.subplots(), shared, experts, "phi", "PuOr", (-1, 1), scale=1, digits=2)
         figure.axes[0].set_title(title)
-    return Picture(figure, matrix.rename_axis("expert").reset_index())
+    return Picture(figure, shared)
+
+
+def coverage(answers: pd.DataFrame, *, order: Sequence[str] | None = None, note: str = "") -> Picture:
+    """Share of questions that at least one expert gets right, as experts are added in three orders; 95 % intervals.
+
+    A point carries the colour and marker of the expert that was added there.
+    """
+    table = overlap.coverage(answers)
+    style, edge = looks(list(answers["expert"].unique()), order), {"markeredgecolor": "#222222", "zorder": 3}
+    greedy = "greedy: each time the expert that adds most (its low limit is of a choice made on other questions)"
+    with _figure(7.2, 3.6, note or f"{_count_note(table['n'][0])}; bars: 95 % intervals; {greedy}") as figure:
+        axes = figure.subplots()
+        for place, (name, line) in enumerate(zip(table["order"].unique(), ("-", "--", ":"), strict=True)):
+            part = table[table["order"] == name]
+            at, share = part["experts"] + 0.02 * len(style) * (place - 1), 100 * part["share"]
+            reach = [share - 100 * part["low"], 100 * part["high"] - share]
+            axes.errorbar(at, share, reach, color="#222222", linestyle=line, capsize=2, elinewidth=1.0, label=name)
+            for expert, x, y in zip(part["added"].dropna(), at, share, strict=False):
+                axes.plot(x, y, style[expert].marker, color=style[expert].color, **edge)
+        for expert, look in style.items():
+            axes.plot([], [], look.marker, color=look.color, label=f"+ {expert}", **edge)
+        axes.set(title="At least one expert right", ylabel="% of questions", xlabel="experts", ylim=(0, 102))
+        axes.set_xticks(sorted(table["experts"].unique()))
+        axes.grid(axis="x", visible=False)
+        figure.legend(loc="outside right center")
+    return Picture(figure, table)
 
 
 def prompt_teacher(table: pd.DataFrame, *, order: Sequence[str] | None = None, note: str = "") -> Picture:
@@ -180,29 +208,29 @@ def prompt_teacher(table: pd.DataFrame, *, order: Sequence[str] | None = None, n
     return Picture(figure, data)
 
 
-def shares(table: pd.DataFrame, x: str, *, title: str, xlabel: str = "", order: Sequence[str] | None = None) -> Picture:
-    """Shares with their 95 % intervals over the values of column `x`; a line an expert where x is another column.
+def shares(
+    table: pd.DataFrame, x: str, *, title: str, xlabel: str = "", by: str = "expert",
+    order: Sequence[str] | None = None, note: str = "lines: 95 % intervals",
+) -> Picture:  # fmt: skip
+    """Shares with their 95 % intervals over the values of column `x`; a line for each name in column `by`.
 
-    Args: table: x, share, low, high, n (as `overlap`'s tables), and `expert` where there are several.
+    Args: table: x, share, low, high, n (as `overlap`'s tables), and `by` where it is not x. note: after the counts.
     """
-    names = list(table["expert"].unique()) if "expert" in table and x != "expert" else [""]
+    names = list(table[by].unique()) if x != by else [""]
     style, places = looks(names, order), {value: place for place, value in enumerate(table[x].unique())}
     counts = sorted(table["n"].unique())
-    n = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else counts[0]
-    note = f"n = {n} questions a point; lines: 95 % intervals (Wilson)"
-    with _figure(max(4.2, 1.6 + 1.1 * len(places)), 2.9, note) as figure:
+    n = f"{counts[0]:g} to {counts[-1]:g}" if len(counts) > 1 else f"{counts[0]:g}"
+    with _figure(max(4.2, 1.6 + 1.1 * len(places)), 2.9, f"n = {n} questions a point; {note}") as figure:
         axes = figure.subplots()
         for place, name in enumerate(names):
-            part = table[table["expert"] == name] if name else table
+            part = table[table[by] == name] if name else table
             at = part[x].map(places) + 0.12 * (place - (len(names) - 1) / 2)
             reach = 100 * np.array([part["share"] - part["low"], part["high"] - part["share"]]).clip(0)
             look = style[name]._asdict() | ({} if name else {"linestyle": "none", "color": "#222222"})
             axes.errorbar(
                 at, 100 * part["share"], reach, label=name or None, capsize=2, elinewidth=1.0, markersize=5, **look
             )
-        axes.set_xticks(
-            list(places.values()), [str(value) for value in places], rotation=20 * (x in ("expert", "added"))
-        )
+        axes.set_xticks(list(places.values()), [str(value) for value in places], rotation=20 * (x == by))
         axes.set(title=title, ylabel="% of questions", ylim=(0, 102), xlabel=xlabel, xlim=(-0.5, len(places) - 0.5))
         axes.grid(axis="x", visible=False)
         if len(names) > 1:
@@ -343,26 +371,6 @@ def arms(scores: pd.DataFrame, *, note: str = "") -> Picture:
     return Picture(figure, rows.assign(per_seed=[str(seeds) for seeds in rows["per_seed"]]))
 
 
-def pass_at_k(scores: pd.DataFrame, *, order: Sequence[str] | None = None, note: str = "") -> Picture:
-    """pass@k against k for each name (expert or arm), with 95 % bands.
-
-    Args: scores: label, k, mean, low, high (shares).
-    """
-    style = looks(list(scores["label"].unique()), order)
-    with _figure(7.2, 3.6, note) as figure:
-        axes = _panel(figure.subplots(), "pass@k: one of k samples right", "% of questions")
-        for label, part in scores.groupby("label", sort=False):
-            look = style[label]
-            axes.fill_between(part["k"], 100 * part["low"], 100 * part["high"], color=look.color, alpha=0.12, lw=0)
-            axes.plot(part["k"], 100 * part["mean"], label=label, markersize=5, **look._asdict())
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(sorted(scores["k"].unique()), sorted(scores["k"].unique()))
-        axes.set_xlabel("k")
-        axes.set_ylim(0, 100)
-        figure.legend(loc="outside right center")
-    return Picture(figure, scores)
-
-
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 
@@ -396,14 +404,28 @@ def _panel(axes: Axes, title: str, ylabel: str) -> Axes:
     return axes
 
 
+def _pairs(
+    axes: Axes, shared: pd.DataFrame, experts: Sequence[str], of: str, cmap: str, limits: tuple, **text: Any
+) -> None:
+    """A number of each two experts, with its interval where cells are large enough."""
+    alone = "" if len(experts) > 1 else "one expert: no pair"
+    values, texts = (pd.DataFrame(empty, experts, experts) for empty in (np.nan, alone))
+    for (one, other), row in zip(combinations(experts, 2), shared.to_dict("records"), strict=False):
+        number, _, interval = _numbers(row, of, **{"digits": 0} | text).partition(" ")
+        for place in ((one, other), (other, one)):
+            values.loc[place] = row[of]
+            texts.loc[place] = f"{number}\n{interval}" if interval and len(experts) < 6 else number
+    _heatmap(axes, values, cmap, limits, texts)
+
+
 def _heatmap(axes: Axes, matrix: pd.DataFrame, cmap: str, limits: tuple[float, float], texts: pd.DataFrame) -> None:
     values = matrix.to_numpy(dtype=float)
     image = axes.imshow(values, cmap=cmap, vmin=limits[0], vmax=limits[1])
     axes.set_facecolor("#EEEEEE")  # shows where there is no number
     for (i, j), value in np.ndenumerate(values):
         dark = not np.isnan(value) and np.dot(image.cmap(image.norm(value))[:3], (0.30, 0.59, 0.11)) < 0.5
-        text = "n/a" if np.isnan(value) else texts.iloc[i, j]
-        axes.text(j, i, text, ha="center", va="center", fontsize=9, color="white" if dark else "black")
+        color = "white" if dark else "black"
+        axes.text(j, i, texts.iloc[i, j], ha="center", va="center", fontsize=8, color=color)
     axes.set_xticks(range(len(matrix.columns)), matrix.columns, rotation=25, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(matrix)), matrix.index)
     axes.grid(visible=False)
@@ -478,12 +500,8 @@ def _percent_axis(axes: Axes, label: str) -> None:
     axes.set(xlabel=label, xlim=(max(-2, low), min(102, high)))
 
 
-def _whole_percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
-
-
-def _percent(share: float) -> str:
-    return "undefined" if np.isnan(share) else f"{100 * share:.1f} %"
+def _numbers(row: Mapping[str, Any], name: str, **form: Any) -> str:
+    return stats.text({"mean": row[name], "low": row[f"{name}_low"], "high": row[f"{name}_high"]}, **form)
 
 
 def _count_note(questions: int) -> str:

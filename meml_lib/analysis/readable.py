@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from meml_lib.analysis import checklist, claims, stats
+from meml_lib.analysis import checklist, claims, show, stats
 from meml_lib.analysis.measures import STAGES
 
 TITLES = {  # of every table, in the report's order
@@ -23,6 +23,7 @@ TITLES = {  # of every table, in the report's order
     "signs": "Signs of trouble",
     "overlap": "Error overlap of the experts",
     "teachers": "The teachers",
+    "shared": "Errors that teachers share",
     "difficulty": "By difficulty",
     "paper": "Beside the paper",
     "settings": "Where this differs from the paper",
@@ -36,11 +37,12 @@ ABOUT = {  # of the tables that speak of something else than test questions
     "budgets": "Stage 2, means over the seeds.",
     "signs": "Training rollouts.",
     "teachers": "On training questions; brackets: Wilson's 95 % intervals over questions.",
+    "shared": "On training questions; brackets: 95 % intervals over questions (Clopper and Pearson; Wilson; delta method).",
     "settings": "Values, not results.",
     "checklist": "Answers worked out from what was recorded.",
     "runs": "Training stages.",
 }
-SEEDLESS = ("teachers", "settings", "checklist")
+SEEDLESS = ("teachers", "shared", "settings", "checklist")
 BUDGETS = {"rollouts": "rollouts", "ground_truth_items": "ground-truth items", "update_tokens": "update tokens"}
 SHARES = {"reward": "reward", "groups_all_wrong": "groups all wrong", "groups_all_right": "groups all right"}
 SHARES |= {"questions_all_wrong": "questions all wrong", "unreadable": "unreadable", "truncated": "truncated"}
@@ -57,6 +59,7 @@ def tables(data: Record) -> dict[str, pd.DataFrame]:
         "signs": _sign_rows(data),
         "prompts": map(_prompt_row, data["prompts"]),
         "teachers": [row for group in data["teachers"] for row in _teacher_rows(group)],
+        "shared": [row for group in data["teachers"] for row in _shared_rows(group)],
         "settings": data["settings"]["rows"],
         "paper": claims.readable(data["paper"]),
         "checklist": checklist.rows(data),
@@ -248,6 +251,11 @@ def _teacher_rows(group: Record) -> Iterator[dict[str, Any]]:
         right, rightly = (stats.text({**part, "mean": part["share"]}) for part in (row, corrected))
         errors = {"unreadable": row["unreadable"], "errors": corrected["errors"]}
         yield {**head, "right, %": right, **errors, "errors answered rightly by another, %": rightly}
+
+
+def _shared_rows(group: Record) -> list[Record]:
+    shown = show.percent(pd.DataFrame(group["shared"])).rename(columns={"experts": "teachers"})
+    return shown.rename(columns=lambda name: name.replace("_", " ")).to_dict("records")
 
 
 def run_rows(stages: Sequence[Record]) -> Iterator[dict[str, Any]]:

@@ -38,11 +38,14 @@ MOST_DRAWN = 7  # arms: as many as there are colours
 def compare(p: config.Run, paper: str = "table-4", teachers: pd.DataFrame | None = None) -> pd.DataFrame:
     """paper | ours, interval, n, seeds | difference: the rows of a table of the paper that this run belongs to.
 
-    Args: teachers: their answers; None: those that stage 1 was trained on, if it has run.
+    Args: teachers: the answers of the run's own teachers, as one whole panel; None: those that stage 1 was trained on, if
+      it has run.
     Raises: ValueError for a table that paper.yaml does not have.
     """
     arm, folder = measures.of_run(p), RunFolder(p.folder("mef"))
-    if teachers is None and folder.table("teacher_answers").is_file():
+    if teachers is not None:
+        arm.full_panel = arm.panel
+    elif folder.table("teacher_answers").is_file():
         teachers = folder.read_table("teacher_answers")
     rows = claims.rows(paper, [arm], [] if teachers is None else [_teachers(arm.panel, teachers)])
     return pd.DataFrame(claims.readable(row for row in rows if row["arm"]))
@@ -212,9 +215,9 @@ def _teachers(panel: Sequence[str], answers: pd.DataFrame) -> dict[str, Any]:
     """How far the teachers' errors overlap, on the questions that all of them answered."""
     common = overlap.answered_by_all(answers)
     left_out = answers["question_id"].nunique() - common["question_id"].nunique()
-    tables = {"accuracy": overlap.accuracy(common), "corrected": overlap.corrected_by_others(common)}
-    rows = {name: frame.to_dict("records") for name, frame in tables.items()}
-    return {"experts": list(panel), "left_out": left_out, **overlap.overlap_all(common)._asdict(), **rows}
+    tables = {"accuracy": overlap.accuracy, "corrected": overlap.corrected_by_others, "shared": overlap.shared_errors}
+    rows = {name: table(common).to_dict("records") for name, table in tables.items()}
+    return {"experts": list(panel), "left_out": left_out, **rows}
 
 
 def _prompts(study: config.Study) -> Iterator[dict[str, Any]]:
@@ -310,13 +313,15 @@ def _pictures(study: config.Study, data: Mapping[str, Any]) -> Pictures:
         picture = figures.before_after(each, order=experts, note=f"{note}{some}")
         found["before-after"] = "Before and after stage 2", picture
     samples = [
-        {"label": arm["label"], "k": int(key.removeprefix("pass@")), **score}
+        {"label": arm["label"], "k": int(key.removeprefix("pass@")), "share": score["mean"], "n": score["n_questions"]}
+        | {limit: score[limit] for limit in ("low", "high")}
         for arm, own in after
         for key, score in own.items()
         if arm["label"] in lines and key.startswith("pass@")
     ]
     if samples:
-        picture = figures.pass_at_k(pd.DataFrame(samples), order=lines, note=f"{note}; mean of the experts{some}")
+        of, title = f"mean of the experts; lines: {note}{some}", "pass@k: one of k samples right"
+        picture = figures.shares(pd.DataFrame(samples), "k", title=title, by="label", xlabel="k", order=lines, note=of)
         found["pass-at-k"] = "pass@k", picture
     metrics: dict[str, list[pd.DataFrame]] = {}
     for stage in data["stages"]:
@@ -329,6 +334,8 @@ def _pictures(study: config.Study, data: Mapping[str, Any]) -> Pictures:
         answers = overlap.answered_by_all(answered[1].read_table("teacher_answers"))
         picture = figures.error_overlap(answers, title="Teachers, training questions")
         found["teachers-overlap"] = "Error overlap of the teachers", picture
+        picture = figures.coverage(answers, order=experts)
+        found["teachers-coverage"] = "What each further teacher adds, training questions", picture
     return found | _of_example(study, data, experts)
 
 

@@ -1,9 +1,8 @@
-"""What a notebook shows of an answers table: shares in percent, shared errors, one question's answers side by side."""
+"""What a notebook shows of an answers table: shares in percent, one question's answers side by side."""
 
 from __future__ import annotations
 
 import html
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,32 +12,25 @@ from meml_lib.analysis import figures, overlap, stats
 from meml_lib.runs import RunFolder
 
 
+LABELS = {"share": "% [95 % interval]", "iou": "intersection / union, %"}
+LABELS |= {"all_wrong_share": "wrong for all, %", "phi": "phi"}
+
+
 def percent(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with `share, low, high` as one column of text, in percent: 53.2 [50.1, 56.0]; an em dash for NaN."""
-    rows = table.rename(columns={"share": "mean"})[["mean", "low", "high"]].to_dict("records")
-    text = [stats.text(None if math.isnan(row["mean"]) else row) for row in rows]
-    return table.drop(columns=["share", "low", "high"]).assign(**{"% [95 % interval]": text})
+    """The table with each number and its interval as one column of text, in percent (phi as it is): 53.2 [50.1, 56.0];
+    an em dash for NaN."""
+    shown = table.rename(columns={"low": "share_low", "high": "share_high"})
+    for name in shown.columns.intersection(LABELS):
+        columns, form = [name, f"{name}_low", f"{name}_high"], {"scale": 1, "digits": 2} if name == "phi" else {}
+        rows = shown[columns].set_axis(["mean", "low", "high"], axis=1).to_dict("records")
+        shown = shown.drop(columns=columns).assign(**{LABELS[name]: [stats.text(row, **form) for row in rows]})
+    return shown
 
 
 def table(frame: pd.DataFrame):
-    """A table of texts in full, from the left, without row numbers."""
-    left = {"selector": "th, td", "props": "text-align: left; vertical-align: top"}
-    return frame.style.hide().format(precision=0).set_table_styles([left])
-
-
-def shared_errors(answers: pd.DataFrame) -> pd.DataFrame:
-    """Both readings of the overlap of all experts' errors: reading, wrong_for_all, of (counts), share, low, high."""
-    found = overlap.overlap_all(answers)
-    readings = {
-        "intersection / union: of those any gets wrong": found.any_wrong,
-        "wrong for all: of all questions": found.questions,
-    }
-    rows = []
-    for reading, whole in readings.items():
-        interval = stats.wilson(found.all_wrong, whole) if whole else stats.Interval(float("nan"), 0.0, 1.0, 0, 1)
-        counts = {"reading": reading, "wrong_for_all": found.all_wrong, "of": whole}
-        rows.append({**counts, "share": interval.mean, "low": interval.low, "high": interval.high})
-    return pd.DataFrame(rows)
+    """A table of texts in full, from the left, without row numbers; an em dash for what is not there."""
+    left = {"selector": "th, td", "props": "text-align: left; vertical-align: top; overflow-wrap: anywhere; min-width: 5em"}
+    return frame.style.hide().format(precision=0, na_rep="—").set_table_styles([left])
 
 
 def pass_at_k(folder: RunFolder) -> figures.Picture | str:
@@ -47,9 +39,9 @@ def pass_at_k(folder: RunFolder) -> figures.Picture | str:
         return "no sampled answers here: evaluate.samples_per_expert is 0"
     sampled = folder.read_table("test_sampled")
     ks = [2**n for n in range(sampled["sample"].nunique().bit_length()) if 2**n <= sampled["sample"].nunique()]
-    scores = overlap.pass_at_k(sampled, ks).rename(columns={"expert": "label", "share": "mean"})
-    counts = f"{folder.path.name}: n = {scores['n'].iloc[0]} test questions, {scores['samples'].iloc[0]} samples each"
-    return figures.pass_at_k(scores, note=f"{counts}; bands: 95 % intervals (questions random)")
+    note = f"{sampled['sample'].nunique()} samples each; lines: 95 % intervals (questions random)"
+    title = f"pass@k after {folder.path.name}: one of k samples right"
+    return figures.shares(overlap.pass_at_k(sampled, ks), "k", title=title, xlabel="k", note=note)
 
 
 @dataclass(frozen=True)

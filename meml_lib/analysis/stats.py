@@ -7,6 +7,7 @@ arms, seed by seed and question by question.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -44,11 +45,15 @@ def text(numbers: Mapping[str, Any] | None, *, scale: float = 100, digits: int =
     >>> text(asdict(Interval(0.5321, -0.0001, 0.56, 300, 3)))
     '53.2 [0.0,\\xa056.0]'
     """
-    if not numbers or numbers.get("mean") is None:
+    if not numbers or numbers.get("mean") is None or math.isnan(numbers["mean"]):
         return "—"
     rounded = (round(scale * numbers[key], digits) + 0.0 for key in ("mean", "low", "high"))  # + 0.0: no "-0.0"
     mean, low, high = (f"{number:.{digits}f}" for number in rounded)
     return f"{mean} [{low},\N{NO-BREAK SPACE}{high}]"
+
+
+UNDEFINED = Interval(math.nan, math.nan, math.nan, 0, 1)
+"""Of what a table of answers does not determine, e.g. a share of no errors."""
 
 
 def wilson(right: int, n: int) -> Interval:
@@ -59,10 +64,81 @@ def wilson(right: int, n: int) -> Interval:
     >>> interval = wilson(8, 10); round(interval.low, 4), round(interval.high, 4)
     (0.4902, 0.9433)
     """
-    if not (n >= 1 and 0 <= right <= n):
-        raise ValueError(f"right={right} of n={n}: n must be >= 1 and 0 <= right <= n")
-    low, high = proportion_confint(right, n, alpha=1 - LEVEL, method="wilson")
-    return Interval(right / n, float(low), float(high), n, 1)
+    return _of_counts(right, n, "wilson")
+
+
+def exact(part: int, whole: int) -> Interval:
+    """Clopper and Pearson's 95 % interval of the share part / whole: covers at least 95 % of the time, however rare.
+
+    For intersection over union: given how many questions any expert gets wrong, each of them is wrong for all with the
+    same chance, so an interval that holds for every such number holds on the whole. Good experts share few errors,
+    and near 0 Wilson's is too sure of itself (91 % at 200 questions, 88 % at 64). The price is a tenth in width.
+    Raises: as `wilson`.
+
+    >>> interval = exact(8, 10); round(interval.low, 4), round(interval.high, 4)
+    (0.4439, 0.9748)
+    """
+    return _of_counts(part, whole, "beta")
+
+
+def _of_counts(part: int, whole: int, method: str) -> Interval:
+    if not (whole >= 1 and 0 <= part <= whole):
+        raise ValueError(f"right={part} of n={whole}: n must be >= 1 and 0 <= right <= n")
+    low, high = proportion_confint(part, whole, alpha=1 - LEVEL, method=method)
+    return Interval(part / whole, float(low), float(high), whole, 1)
+
+
+def mean_chance(chances_Q: ArrayLike) -> Interval:
+    """The mean of a chance from 0 to 1 of each question, with its 95 % interval: Wilson's, of as many right or wrong
+    answers as would make the mean vary as much.
+
+    The variance is taken with one question more, half of it at 0 and half at 1: where nearly all chances are 1, the
+    rare 0 that these questions happen to lack is not taken to be impossible (`crossed_mean` covers down to 82 % there).
+
+    >>> mean_chance([1, 1, 0, 0, 0]).high == wilson(2, 5).high
+    True
+    """
+    chances = np.asarray(chances_Q, dtype=float)
+    more = np.append(chances, [0, 1])
+    weight = np.append(np.ones(len(chances)), [0.5, 0.5]) / (len(chances) + 1)
+    centre = weight @ more
+    answers = len(chances) * centre * (1 - centre) / (weight @ more**2 - centre**2)
+    low, high = proportion_confint(chances.mean() * answers, answers, alpha=1 - LEVEL, method="wilson")
+    return Interval(float(chances.mean()), float(low), float(high), len(chances), 1)
+
+
+def phi(counts_22: ArrayLike) -> Interval:
+    """Phi coefficient, the correlation of two yes/no marks, with its 95 % interval.
+
+    Delta method on the scale of arctanh phi, half an answer added to each cell: of all that was tried the only interval
+    that holds where errors are rare (simulated over accuracies of 50 to 97 %, phi of -0.1 to 0.8, 64 to 1,319
+    questions: 92.6 to 100 %; without the halves, or by a bootstrap over questions, down to 18 and 14 % at 200, since a
+    sample without a shared error seems not to vary). The mean is that of the counts as they are.
+
+    Args: counts_22: questions; rows: the one's mark, columns: the other's, in the same order.
+    Returns: UNDEFINED where a mark is always the same.
+
+    >>> phi([[2, 1], [1, 2]]).mean  # (2 * 2 - 1 * 1) / 3 ** 2
+    0.333...
+    """
+    counts = np.asarray(counts_22, dtype=float)
+    if not (counts.sum(axis=0).all() and counts.sum(axis=1).all()):
+        return UNDEFINED
+    mean, (centre, error) = _phi(counts)[0], _phi(counts + 0.5)
+    half = -ndtri((1 - LEVEL) / 2) * error / (1 - centre**2)
+    low, high = np.tanh(np.arctanh(centre) - half), np.tanh(np.arctanh(centre) + half)
+    return Interval(mean, min(mean, float(low)), max(mean, float(high)), int(counts.sum()), 1)
+
+
+def _phi(counts: NDArray) -> tuple[float, float]:
+    """(phi, its standard error by the delta method)."""
+    share = counts / counts.sum()
+    (one, _), (other, _) = share.sum(axis=1), share.sum(axis=0)
+    x = np.array([[1 - one], [-one]]) / np.sqrt(one * (1 - one))
+    y = np.array([1 - other, -other]) / np.sqrt(other * (1 - other))
+    found = (share * x * y).sum()
+    influence = x * y - found * (x**2 + y**2) / 2
+    return float(found), float(np.sqrt((share * influence**2).sum() / counts.sum()))
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
