@@ -105,6 +105,9 @@ def test_00_keeps_the_teachers_answers(study, tmp_path):
     execute(part("00_experts", tmp_path), as_f("00_experts") | {"run_dir": str(study.base_run().run_dir)})
     answers = RunFolder(study.base_run().run_dir).read_table("teacher_answers")
     assert answers.groupby("expert").size().tolist() == [64, 64, 64]
+    kept = {name: RunFolder(study.base_run().run_dir).read_table(name) for name in ("imported", "answer_quality", "shared_ngrams")}
+    assert kept["imported"]["rows"].isna().all() and len(kept["shared_ngrams"]) == 3 * 2
+    assert kept["answer_quality"].query("what == 'test_question'")["answers"].tolist() == [0, 0, 0]
 
 
 def test_01_keeps_the_sets_of_errors(study, tmp_path):
@@ -119,6 +122,7 @@ def test_02_and_03_train_and_show_both_stages(study, tmp_path):
     places = {"run_dir": str(p.run_dir), "stage1_dir": str(p.stage1_dir)}
     shown = execute(part("02_mef", tmp_path), as_f("02_mef") | places)
     assert outputs.stage_faults("mef", p) == [] and "nothing has run here yet" in shown
+    assert RunFolder(p.folder("mef")).read_table("training_answers")["kept"].tolist() == [64, 64, 64]
     shown = execute(part("03_riel", tmp_path), as_f("03_riel") | places)
     assert outputs.stage_faults("riel", p) == [] and "mef: nothing to train" in shown
     for text in ("Loss grpo", "Loss mutual", "Loss buffer_sft", "groups_all_wrong", "MEML-GRPO (Expert1)"):

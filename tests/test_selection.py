@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 
 from meml_lib import config, tasks
+from meml_lib.runs import RunFolder
 from meml_lib.tasks import Question, leaks
-from meml_lib.training import mef
+from meml_lib.training import mef, stage
 
 
 def params(**values):
@@ -102,9 +103,40 @@ def test_a_test_question_in_what_is_trained_on_is_an_error_that_names_it():
 
 
 def test_all_of_gsm8ks_size_takes_seconds():
-    words = [f"w{n % 613}" for n in range(80_000)]
+    words = [f"w{n % 5003}" for n in range(80_000)]
     test = [" ".join(words[60 * n + n % 7 : 60 * n + 40 + n % 11]) + f" {n}?" for n in range(1_319)]
     texts = [" ".join(words[3 * n : 3 * n + 120]) for n in range(22_000)] + [f"So {test[77]} yes"]
     started = time.monotonic()
     assert leaks.test_questions_in(Quiz(test), texts) == [(22_000, "test-77")]
-    assert time.monotonic() - started < 60  # about 3 s on an idle core
+    assert time.monotonic() - started < 60  # about 1 s on an idle core
+
+
+# --- in stage 1 -------------------------------------------------------------------------------------------------------
+
+
+def smoke(tmp_path, **values) -> config.Run:
+    return config.load_run("smoke.yaml", values, run_dir=tmp_path / "run")
+
+
+def test_stage_1_trains_on_the_kept_answers_alone(tmp_path):
+    p = smoke(tmp_path, **{"mef.keep": "right", "mef.answers_per_step": 190})
+    with pytest.raises(ValueError, match="fewer than mef.answers_per_step=190"):  # of 192, half of them wrong
+        stage.run("mef", p)
+    told = RunFolder(p.folder("mef")).read_table("training_answers")
+    assert (told["given"] == 64).all() and (told["wrong"] + told["kept"] == 64).all() and 60 < told["kept"].sum() < 150
+
+
+def test_stage_1_refuses_a_test_question_unless_it_is_allowed(tmp_path):
+    task = tasks.load(smoke(tmp_path).task)
+    asked, leaked = task.questions("train"), task.questions("test")[0]
+    rows = [{"question_id": q.id, "text": q.rationale} for q in asked[1:]]
+    rows.append({"question_id": asked[0].id, "text": f"{leaked.text} {leaked.rationale}"})
+    pd.DataFrame(rows).to_json(tmp_path / "answers.jsonl", orient="records", lines=True)
+    teacher = {"kind": "table", "model": "m", "path": str(tmp_path / "answers.jsonl")}
+    p = smoke(tmp_path, **{"experts.known.story.teacher": teacher})
+    with pytest.raises(ValueError, match=f"story's answer to {asked[0].id} holds the test question {leaked.id}"):
+        stage.run("mef", p)
+    assert not (p.folder("mef") / "metrics.jsonl").exists()
+    allowed = {"experts.known.story.teacher": teacher, "mef.allow_test_questions": True, "mef.answers_per_step": 193}
+    with pytest.raises(ValueError, match="stage 1 has 192 answers"):  # past the check
+        stage.run("mef", smoke(tmp_path, **allowed))
