@@ -31,7 +31,8 @@ def test_where_and_how_answers_are_asked_for_makes_nothing_stale(store):
     elsewhere = store.with_name("moved.jsonl")
     elsewhere.write_bytes(store.read_bytes())
     same = {"base_url": "http://localhost:1/v1", "key_from": "A_KEY", "price": {"input": 1, "output": 2}}
-    assert why(before, run(API | same | {"path": str(elsewhere)}, **{"collect.concurrency": 3, "collect.retries": 0})) == []
+    now = run(API | same | {"path": str(elsewhere)}, **{"collect.concurrency": 3, "collect.retries": 0})
+    assert why(before, now) == []
 
 
 @pytest.mark.parametrize(
@@ -51,10 +52,11 @@ def test_the_content_of_a_store_a_table_and_a_hubs_local_folder_is_an_input(stor
     pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "set" / "train.parquet")
     (tmp_path / "table.csv").write_text("a\n1\n")
     table = {"kind": "table", "model": "m"}
+    part = tmp_path / "set" / "train.parquet"
     for teacher, file, name in (
         (API | {"path": str(store)}, store, "answers of story"),
         (table | {"path": "$ANSWERS/table.csv"}, tmp_path / "table.csv", "answers of story"),
-        (table | {"hub": {"name": str(tmp_path / "set")}}, tmp_path / "set" / "train.parquet", "answers of story: train.parquet"),
+        (table | {"hub": {"name": str(tmp_path / "set")}}, part, "answers of story: train.parquet"),
     ):
         before = keys.stage_parts("mef", run(teacher))
         assert keys.reasons(before, keys.stage_parts("mef", run(teacher))) == []

@@ -286,7 +286,8 @@ def test_collecting_comes_first_and_what_it_adds_makes_only_others_stale(project
     with open("store.jsonl", "a") as file:
         file.write('{"more": 1}\n')
     code, said = quick_run(asked)
-    assert code == 0 and "00_experts: answers of story changed" in said and {"00_experts", "01_error_overlap"} <= executed(said)
+    assert code == 0 and "00_experts: answers of story changed" in said
+    assert {"00_experts", "01_error_overlap"} <= executed(said)
 
 
 def test_an_arm_of_fine_tuning_alone_has_no_stage_2():

@@ -105,7 +105,8 @@ def test_00_keeps_the_teachers_answers(study, tmp_path):
     execute(part("00_experts", tmp_path), as_f("00_experts") | {"run_dir": str(study.base_run().run_dir)})
     answers = RunFolder(study.base_run().run_dir).read_table("teacher_answers")
     assert answers.groupby("expert").size().tolist() == [64, 64, 64]
-    kept = {name: RunFolder(study.base_run().run_dir).read_table(name) for name in ("imported", "answer_quality", "shared_ngrams")}
+    folder = RunFolder(study.base_run().run_dir)
+    kept = {name: folder.read_table(name) for name in ("imported", "answer_quality", "shared_ngrams")}
     assert kept["imported"]["rows"].isna().all() and len(kept["shared_ngrams"]) == 3 * 2
     assert kept["answer_quality"].query("what == 'test_question'")["answers"].tolist() == [0, 0, 0]
 

@@ -57,7 +57,8 @@ def test_lengths_are_words_of_answers_that_say_something():
 
 def test_shared_runs_of_words_are_of_the_first_experts_and_of_questions_that_both_answered():
     answers = ANSWERS[["question_id", "expert", "text"]]
-    answers = pd.concat([answers, pd.DataFrame([("q3", "a", "Eight nine ten"), ("q4", "a", "x y")], columns=list(answers))])
+    more = pd.DataFrame([("q3", "a", "Eight nine ten"), ("q4", "a", "x y")], columns=list(answers))
+    answers = pd.concat([answers, more])
     table = quality.ngrams_shared(answers, size=2)
     assert table[["expert", "other", "n"]].values.tolist() == [["a", "b", 3], ["b", "a", 2]]
     # a: 4 of 5 pairs of q0 stand in b's, 1 of 2 of q3, none of q2 (b says nothing); q1 has no pair, q4 no answer of b

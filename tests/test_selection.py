@@ -29,6 +29,7 @@ ANSWERS = pd.DataFrame(
     ],
     columns=["question_id", "expert", "sample", "text", "correct", "ended"],
 ).astype({"correct": "boolean"})
+ALL_FILTERS = {"keep": "right", "max_answer_tokens": 3, "answers_per_question": 1}
 WORDS = SimpleNamespace(answer_ids=lambda text: (*text.split(), "end"))
 
 
@@ -39,7 +40,7 @@ WORDS = SimpleNamespace(answer_ids=lambda text: (*text.split(), "end"))
         ({"keep": "right"}, [0, 2, 6], [1, 1, 2, 0, 0, 2], [1, 0, 0, 0, 0, 1]),
         ({"max_answer_tokens": 3}, [1, 2, 5], [1, 1, 0, 1, 0, 3], [1, 0, 0, 1, 0, 0]),
         ({"answers_per_question": 1}, [0, 5, 6], [1, 1, 0, 0, 2, 2], [1, 0, 0, 0, 0, 1]),
-        ({"keep": "right", "max_answer_tokens": 3, "answers_per_question": 1}, [2], [1, 1, 2, 1, 0, 1], [1, 0, 0, 1, 0, 0]),
+        (ALL_FILTERS, [2], [1, 1, 2, 1, 0, 1], [1, 0, 0, 1, 0, 0]),
     ],
 )
 def test_each_answer_is_kept_or_left_out_for_the_first_reason(values, kept, a, b):
@@ -96,7 +97,7 @@ def test_a_test_question_is_found_word_for_word(text, held):
 def test_a_test_question_in_what_is_trained_on_is_an_error_that_names_it():
     answers = pd.DataFrame({"question_id": ["train-0"], "expert": ["r1"], "text": [f"Like {LONG} 27."]})
     mef.refuse_test_questions(Quiz([LONG], ["Another?"]), answers.assign(text="27"))
-    with pytest.raises(ValueError, match="r1's answer to train-0 holds the test question test-0: leave it out, or set mef.allow"):
+    with pytest.raises(ValueError, match="r1's answer to train-0 holds the test question test-0: leave it out, or"):
         mef.refuse_test_questions(Quiz([LONG], ["Another?"]), answers)
     with pytest.raises(ValueError, match=r"training question train-1 holds the test question test-0 \(2 such texts\)"):
         mef.refuse_test_questions(Quiz([LONG], ["Another?", LONG]), answers)
@@ -106,9 +107,9 @@ def test_all_of_gsm8ks_size_takes_seconds():
     words = [f"w{n % 5003}" for n in range(80_000)]
     test = [" ".join(words[60 * n + n % 7 : 60 * n + 40 + n % 11]) + f" {n}?" for n in range(1_319)]
     texts = [" ".join(words[3 * n : 3 * n + 120]) for n in range(22_000)] + [f"So {test[77]} yes"]
-    started = time.monotonic()
+    started = time.process_time()
     assert leaks.test_questions_in(Quiz(test), texts) == [(22_000, "test-77")]
-    assert time.monotonic() - started < 60  # about 1 s on an idle core
+    assert time.process_time() - started < 30  # 2 s on an idle core; of all real sets 0.5 s
 
 
 # --- in stage 1 -------------------------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ def test_columns_may_be_templates_over_the_row_and_null_is_empty(task, jsonl):
     table = experts.teacher_answers(task, panel)
     assert table[["question_id", "text"]].values.tolist() == [["q0", "It is 8."], ["q1", ""]]
     assert table["correct"].tolist() == [True, pd.NA] and experts.imported(task, panel)["empty"].item() == 1
+    assert experts.teacher_answers(task, [expert(jsonl(row("q0", None)))])["text"].tolist() == [""]
 
 
 def test_a_question_is_found_by_its_text_whatever_its_case_and_spaces(task, jsonl):
@@ -70,7 +71,8 @@ def test_a_cut_off_answer_is_unreadable_and_stays_in_the_table(task, jsonl, valu
     panel = [expert(jsonl(row("q0", "as yet #### 8", end=value)), columns={"ended": "end"})]
     table = experts.teacher_answers(task, panel)
     assert table["ended"].tolist() == [whole] and table["text"].tolist() == ["as yet #### 8"]
-    assert table["correct"].tolist() == [True if whole else pd.NA] and experts.imported(task, panel)["cut_off"].item() == (not whole)
+    assert table["correct"].tolist() == [True if whole else pd.NA]
+    assert experts.imported(task, panel)["cut_off"].item() == (not whole)
 
 
 @pytest.mark.parametrize(
@@ -103,18 +105,21 @@ def test_reasoning_is_dropped_or_stands_before_the_answer_and_is_not_read(task, 
 
 def test_every_row_is_taken_or_counted_under_its_reason(task, jsonl):
     file = jsonl(
-        row("q0", "8"), row("q0", "eight: 8"), row("q0", "8"), row("q1", "8"), row("q9", "1"), row("q1", " "), row("q3", "4")
+        row("q0", "8"), row("q0", "eight: 8"), row("q0", "8"), row("q1", "8"), row("q9", "1"), row("q1", " "),
+        row("q3", "4"),
     )  # fmt: skip
     derived = experts.Expert("own", "answer", schema.DerivedTeacher(kind="derived", style="gold"))
     panel = [expert(file), derived]
     found = experts.imported(task, panel)
-    assert found["expert"].tolist() == ["mine", "own"] and found["source"].tolist() == [str(file), "the task's own solutions (gold)"]
+    assert found["expert"].tolist() == ["mine", "own"]
+    assert found["source"].tolist() == [str(file), "the task's own solutions (gold)"]
     counts = found.iloc[0, 2:].to_dict()
     assert counts == {"rows": 7, "taken": 5, "unknown_question": 1, "duplicate": 1, "asked_otherwise": 0,
                       "another_model": 0, "empty": 1, "cut_off": 0}  # fmt: skip
     assert found.iloc[1, 2:].isna().all()
     mine = experts.teacher_answers(task, panel).query("expert == 'mine'")
-    assert mine[["question_id", "sample", "text"]].values.tolist() == [["q0", 0, "8"], ["q0", 1, "eight: 8"], ["q1", 0, "8"], ["q1", 1, ""]]
+    expected = [["q0", 0, "8"], ["q0", 1, "eight: 8"], ["q1", 0, "8"], ["q1", 1, ""]]
+    assert mine[["question_id", "sample", "text"]].values.tolist() == expected
 
 
 def test_the_same_reply_to_another_question_or_with_other_reasoning_is_no_duplicate(task, jsonl):
@@ -149,7 +154,7 @@ def test_a_data_set_of_the_hub_may_be_a_local_folder(task, tmp_path):
     frame.to_parquet(tmp_path / "traces" / "test.parquet")
     panel = [expert(hub={"name": str(tmp_path / "traces"), "split": "test"})]
     assert experts.teacher_answers(task, panel)["correct"].tolist() == [True, True]
-    with pytest.raises(RuntimeError, match="traces', config None, split 'train' could not be loaded .*give path: instead"):
+    with pytest.raises(RuntimeError, match="traces', config None, split 'train' could not be loaded .* path: instead"):
         experts.teacher_answers(task, [expert(hub={"name": str(tmp_path / "traces")})])
 
 
@@ -159,12 +164,12 @@ def test_a_data_set_of_the_hub_may_be_a_local_folder(task, tmp_path):
 @pytest.mark.parametrize(
     ("teacher", "message"),
     [
-        ({"columns": {"text": "answer"}}, r"answers.jsonl: columns.text='answer' does not fit row 1, which has \['question_id', 'text', 'model'\]"),
+        ({"columns": {"text": "answer"}}, r"answers.jsonl: columns.text='answer' .* row 1, which has \['question_id', 'text', 'model'\]"),
         ({"columns": {"text": "{model[x]}"}}, r"columns.text='\{model\[x\]\}' does not fit row 1"),
         ({"columns": {"text": "{text"}}, "columns.text='{text' does not fit"),
         ({"where": {"modle": "a"}}, r"no column 'modle' \(where\); it has \['question_id', 'text', 'model'\]"),
         ({"where": {"model": "c"}}, r"no row has where=\{'model': 'c'\}; column 'model' holds 'a', 'b'"),
-        ({"columns": {"question_id": "model"}}, r"expert 'mine': no answer in .*answers.jsonl is taken: unknown question: 2 \(such as 'a'; this task has 'q0'\)"),
+        ({"columns": {"question_id": "model"}}, r"'mine': no answer in .*answers.jsonl is taken: unknown question: 2 \(such as 'a'; .* 'q0'\)"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_named_with_file_and_column(task, jsonl, teacher, message):
@@ -214,7 +219,8 @@ def test_collected_answers_are_used_only_as_they_would_be_asked_today(task, json
     def record(question_id, sample, text, *, asked=None, **more):
         at = dict(zip(("q0", "q1", "q2", "q3"), QUESTIONS, strict=True)).get(question_id, "?")
         head = {"question_id": question_id, "expert": "mine", "sample": sample, "model": "gpt-4o-2024-08-06"}
-        return head | {"asked": asked or store.fingerprint(teacher, at), "text": text, "reasoning": None, "ended": True} | more
+        asked = asked or store.fingerprint(teacher, at)
+        return head | {"asked": asked, "text": text, "reasoning": None, "ended": True} | more
 
     jsonl(
         record("q0", 1, "9"), record("q0", 0, "8", reasoning="2 x 4"), record("q0", 0, "8"), record("q0", 2, "a third"),
@@ -223,7 +229,8 @@ def test_collected_answers_are_used_only_as_they_would_be_asked_today(task, json
     )  # fmt: skip
     mine = experts.Expert("mine", "answer", teacher)
     table = experts.teacher_answers(task, [mine])
-    assert table[["question_id", "sample", "text", "ended"]].values.tolist() == [["q0", 0, "8", True], ["q0", 1, "9", True], ["q1", 1, "8", False]]
+    expected = [["q0", 0, "8", True], ["q0", 1, "9", True], ["q1", 1, "8", False]]
+    assert table[["question_id", "sample", "text", "ended"]].values.tolist() == expected
     assert table["correct"].tolist() == [True, False, pd.NA]
     counts = experts.imported(task, [mine]).iloc[0, 2:].to_dict()
     assert counts == {"rows": 7, "taken": 3, "unknown_question": 1, "duplicate": 1, "asked_otherwise": 1,

@@ -1,4 +1,4 @@
-"""How teachers' answers are as training data: what they hold, how long they are, what they copy; from an answers table."""
+"""Teachers' answers as training data: what they hold, how long they are, what they copy; from an answers table."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def shares(answers: pd.DataFrame, task: Task) -> pd.DataFrame:
     right; unreadable, of which: cut_off, empty. repeated: the expert gives the same text to another question. shared:
     another expert gives it to the same question. test_question: it holds a question of the test split word for word.
 
-    Returns: what, expert, n, answers (counts), share, low, high (Wilson, as if answers to one question were independent).
+    Returns: what, expert, n, answers (counts), share, low, high (Wilson; answers to one question taken as independent).
     """
     text, correct = answers["text"], answers["correct"].astype("boolean")
     said = text.str.strip() != ""

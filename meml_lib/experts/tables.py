@@ -52,7 +52,8 @@ def taken(task: Task, expert: str, teacher: schema.TableTeacher | schema.ApiTeac
     """
     answers: dict[str, list[Given]] = {}
     counts, seen, strangers = Counter(), set(), []
-    for ids, asked, given, fault in _collected(task, expert, teacher) if teacher.kind == "api" else _read(task, teacher):
+    rows = _collected(task, expert, teacher) if teacher.kind == "api" else _read(task, teacher)
+    for ids, asked, given, fault in rows:
         key = (asked, given.sample) if teacher.kind == "api" else (plain(asked), given.text, given.reasoning)
         fault = fault or ("unknown_question" if not ids else "duplicate" if key in seen else None)
         counts.update(["rows", fault or "taken"])
@@ -65,7 +66,8 @@ def taken(task: Task, expert: str, teacher: schema.TableTeacher | schema.ApiTeac
             there = answers.setdefault(question_id, [])
             there.append(given if given.sample is not None else given._replace(sample=len(there)))
     if not answers:
-        why = ", ".join(f"{name.replace('_', ' ')}: {counts[name]}" for name in LEFT_OUT if counts[name]) or "it has none"
+        faults = (f"{name.replace('_', ' ')}: {counts[name]}" for name in LEFT_OUT if counts[name])
+        why = ", ".join(faults) or "it has none"
         if strangers:
             why += f" (such as {strangers[0][:60]!r}; this task has {task.every_question()[0].id!r})"
         todo = "; first collect them: meml collect FILE, or notebook 00_experts" if teacher.kind == "api" else ""
@@ -177,8 +179,8 @@ def _from_hub(name: str, part: str | None, split: str) -> list[dict]:
         return datasets.load_dataset(str(local) if local.is_dir() else name, part, split=split).to_list()
     except Exception as error:  # whatever kept it from loading, the ways out are the same
         raise RuntimeError(
-            f"teacher.hub: {name!r}, config {part!r}, split {split!r} could not be loaded ({error}). Without the hub, put "
-            "the data set into a folder and name that, or save the split as parquet and give path: instead of hub:"
+            f"teacher.hub: {name!r}, config {part!r}, split {split!r} could not be loaded ({error}). Without the hub, "
+            "put the data set into a folder and name that, or save the split as parquet and give path: instead of hub:"
         ) from error
 
 

@@ -88,8 +88,9 @@ def measure(p: RunParams, policy: Policy, task: Task, panel: Sequence[Expert], a
 def answered_by_all_teachers(p: RunParams, policy: Policy, task: Task, panel: Sequence[Expert]) -> pd.DataFrame:
     """Teachers' answers to compare under all prompts: question_id, expert, text, split.
 
-    The first that stage 1 could train on, right or wrong, to those of the first `evaluate.validation_questions` validation questions that all teachers answered; where there is
-    none (tables of answers to training questions), to as many training questions.
+    The first that stage 1 could train on, right or wrong, to those of the first `evaluate.validation_questions` validation
+    questions that all teachers answered; where there is none (tables of answers to training questions), to as many
+    training questions.
     Raises: ValueError if all teachers have no question in common.
     """
     for split in ("validation", "train"):
