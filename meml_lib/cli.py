@@ -1,4 +1,4 @@
-"""meml: check values, collect answers, run a study, report on it, look at the machine. Imports are inside: --help is quick."""
+"""meml: check values, collect answers, run a study, report, look at the machine. Imports are inside: --help is quick."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def run(
 def collect(file: File, set_: Set = None) -> None:
     """Ask the teachers of `kind: api` for the answers that are missing; stop and start again at will.
 
-    Ends with 0 when all answers are stored, 1 when some are missing (a budget, a failure), 2 for a value that cannot be used.
+    Ends with 0 when all answers are stored, 1 when some are missing (a budget, a failure), 2 for a value of no use.
     """
     from meml_lib import config
     from meml_lib.pipeline import processes

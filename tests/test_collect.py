@@ -573,3 +573,12 @@ def test_2000_answers_that_take_200_ms_each_arrive_in_seconds_with_flat_memory(t
     assert missing == 0 and len(world.answers()) == 2000
     assert busy < 9 and wall < 4 * 6.25  # the processor's share tells what a quiet machine would take
     assert grown < 24 * 1024  # KiB
+
+
+def test_the_api_preset_asks_the_papers_teachers_in_the_papers_order():
+    from meml_lib.analysis import claims
+
+    panel = config.load_run(ROOT / "params" / "gsm8k-api.yaml").experts
+    gold, *others = (panel.known[name].teacher for name in panel.panel)
+    assert [gold.style, *(teacher.model for teacher in others)] == claims.values()["teachers"]
+    assert all(teacher.price and teacher.key_from for teacher in others)

@@ -1,14 +1,14 @@
-"""Ask teachers of `kind: api` for their answers, over any OpenAI-compatible endpoint: `meml collect FILE`, notebook 00_experts.
+"""Ask teachers of `kind: api` for their answers, over any OpenAI-compatible endpoint: `meml collect`, 00_experts.
 
-The `openai` client waits, retries and times out (`collect.retries`, `collect.timeout_s`); what finally fails is counted by
-kind, not stored, and asked again by the next run:
+The `openai` client waits, retries and times out (`collect.retries`, `collect.timeout_s`); what finally fails is
+counted by kind, is no answer, and is asked again by the next run:
 
 | what happens | what is done |
 |---|---|
 | 429, 408, 409, 500 and above | retried, after Retry-After where it is given (over 120 s: not retried) |
 | the connection drops, a reply is cut short, silence for timeout_s | retried |
 | no JSON, no choice, another shape (200) | "bad reply"; not retried |
-| 401, 403: the key is refused; 402, 429 insufficient_quota: no money; 404: no such model | that teacher stops, the others go on |
+| 401, 403: the key is refused; 402, insufficient_quota: no money; 404: no such model | that teacher stops |
 | a reply names another model (`store.accepted`) | stored under its name, not used; that teacher stops |
 | another 4xx | counted |
 | 10 failures in a row, 2 x concurrency where that is more | that teacher stops |
@@ -186,7 +186,7 @@ _CALL: ContextVar[_Call] = ContextVar("call")
 
 
 class _Http(openai.DefaultAsyncHttpxClient):
-    """The client's own, that counts each HTTP request and ends it timeout_s seconds after it was sent, whatever trickles in."""
+    """The client's own; counts each HTTP request, and ends it after timeout_s seconds whatever trickles in."""
 
     async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
         call = _CALL.get()
@@ -212,9 +212,9 @@ class Collected:
     """What a run of collecting did."""
 
     table: pd.DataFrame
-    """One row an expert: expert, model, asked (answers wanted), before (stored by earlier runs), new, missing, requests
-    (HTTP, retries included), went_wrong (HTTP requests by kind, retried or not), failed (given up, by kind), prompt_tokens,
-    answer_tokens, cost, seconds (of the whole run)."""
+    """One row an expert: expert, model, asked (answers wanted), before (stored by earlier runs), new, missing,
+    requests (HTTP, retries included), went_wrong (HTTP requests by kind, retried or not), failed (given up, by kind),
+    prompt_tokens, answer_tokens, cost, seconds (of the whole run)."""
     messages: tuple[str, ...]
     """Why a teacher or the run stopped, and an example of each kind of failure."""
 
@@ -283,14 +283,14 @@ class _Collecting:
     def _look(self) -> None:
         """What the stores hold already, and what of it was asked with other values."""
         named = {teacher.expert: teacher for teacher in self.teachers}
-        text_of = {question.id: question.text for question in self.questions}
         asked = {(t.expert, q.id): fingerprint(t.params, q.text) for t in self.teachers for q in self.questions}
         otherwise: dict[tuple[str, str, int], str] = {}
         for path in dict.fromkeys(teacher.params.path for teacher in self.teachers):
             for record in lines(path):
                 self._spent_before += _spending(record)
-                teacher, key = named.get(record["expert"]), _key(record)
-                if teacher is None or record["question_id"] not in text_of or teacher.params.path != path or "text" not in record:
+                key = record["expert"], record["question_id"], record["sample"]
+                teacher = named.get(key[0])
+                if key[:2] not in asked or teacher.params.path != path or "text" not in record:
                     continue
                 if record["asked"] == asked[key[:2]]:
                     self._there |= {key} if accepted(teacher.params, record) else set()
@@ -303,10 +303,11 @@ class _Collecting:
             teacher.asked, teacher.before = len(wanted), sum(key in self._there for key in wanted)
             changes = Counter(otherwise[key] for key in wanted if key in otherwise and key not in self._there)
             for names, count in changes.items():
-                print(f"{teacher.expert}: {count} stored answers are not used and are asked anew, because of another value of {names}")
+                told = f"{count} stored answers are not used and are asked anew, because of another value of {names}"
+                print(f"{teacher.expert}: {told}")
 
     def _keys(self) -> dict[str, str]:
-        """Key -> what stands for it wherever it would be written. Keys that could be a word of an answer are left alone."""
+        """Key -> what stands for it wherever it would be written; short keys could be words of an answer: left."""
         secrets = {}
         for teacher in self.teachers:
             name = teacher.params.key_from
@@ -314,8 +315,9 @@ class _Collecting:
                 continue
             teacher.key = os.environ.get(name, "").strip()
             if not teacher.key or not (teacher.key.isascii() and teacher.key.isprintable()):
-                what = "is not set" if not teacher.key else "holds characters that no key has"
-                raise config.ParamsError(f"experts.known.{teacher.expert}.teacher.key_from: the environment variable {name} {what}")
+                what = f"{name} is not set" if not teacher.key else f"{name} holds characters that no key has"
+                place = f"experts.known.{teacher.expert}.teacher.key_from"
+                raise config.ParamsError(f"{place}: the environment variable {what}")
             if len(teacher.key) >= 8:
                 secrets |= {teacher.key: f"[{name}]", json.dumps(teacher.key)[1:-1]: f"[{name}]"}
         return secrets
@@ -459,8 +461,8 @@ class _Collecting:
         if not accepted(teacher.params, record):
             teacher.failed["another model"] += 1
             teacher.stop(
-                f"replies name the model {self.clean(record['model'])!r}, not {asked_name(teacher.params)!r}: if that is the one"
-                f" that is meant, set experts.known.{teacher.expert}.teacher.replies_as, and the stored replies count"
+                f"replies name the model {self.clean(record['model'])!r}, not {asked_name(teacher.params)!r}: if that is"
+                f" meant, set experts.known.{teacher.expert}.teacher.replies_as, and the stored replies count"
             )
             return
         teacher.new += 1
@@ -516,13 +518,10 @@ class _Collecting:
             messages += [f"{t.expert} stopped: {reason}" for reason in t.stopped]
             messages += [f"{t.expert}, {kind}: {said}" for kind, said in t.example.items() if said]
         if self._budget and self._budget.reached:
-            messages.append(f"the budget of {self._budget.reached} is reached: {self._budget} spent, earlier runs included")
+            name = self._budget.reached
+            messages.append(f"the budget of {name} is reached: {self._budget} spent, earlier runs included")
         columns = list(rows[0]) if rows else ["expert", "asked", "missing"]
         return Collected(pd.DataFrame(rows, columns=columns), tuple(messages))
-
-
-def _key(record: dict[str, Any]) -> tuple[str, str, int]:
-    return record["expert"], record["question_id"], record["sample"]
 
 
 def _spending(record: dict[str, Any]) -> Counter[str]:

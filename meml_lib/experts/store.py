@@ -1,8 +1,8 @@
 """The store of collected answers: JSONL, one line an answer, appended durably, and never written again.
 
-A line holds question_id, expert, sample, asked, text, reasoning, ended, finish_reason, model, prompt_tokens, answer_tokens,
-cost, seconds, at; `values`, what it was asked with; `requests`, the HTTP requests that it took. A request that failed for
-good leaves a line too, without `text`: what it spent counts in the budget, and it is no answer.
+A line holds question_id, expert, sample, asked, text, reasoning, ended, finish_reason, model, prompt_tokens,
+answer_tokens, cost, seconds, at; `values`, what it was asked with; `requests`, the HTTP requests that it took. A request
+that failed for good leaves a line too, without `text`: what it spent counts in the budget, and it is no answer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from meml_lib import config, schema
 
 
 def stored(path: str) -> list[dict[str, Any]]:
-    """A store's answers, in the file's order; [] where the file is not there. A line that is still being written is left out.
+    """A store's answers, in the file's order; [] where there is no file. A line that is still being written is left out.
 
     Raises: ValueError naming the line that is no record.
     """
@@ -56,7 +56,7 @@ def values(teacher: schema.ApiTeacher) -> dict[str, Any]:
 
 
 def fingerprint(teacher: schema.ApiTeacher, question_text: str) -> str:
-    """The `asked` of a request: a hash of all that decides the reply, and of nothing else (no address, key, price, path)."""
+    """The `asked` of a request: a hash of all that decides the reply, and of nothing else (no address, key, price)."""
     text = json.dumps([values(teacher), question_text], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -64,8 +64,8 @@ def fingerprint(teacher: schema.ApiTeacher, question_text: str) -> str:
 def accepted(teacher: schema.ApiTeacher, record: dict[str, Any]) -> bool:
     """Whether a reply came from the model that was asked for.
 
-    It did if it names no model, the same (case does not count), `replies_as`, or one of these with a date or a tag more or
-    less: gpt-4o and gpt-4o-2024-08-06, llama3 and llama3:latest; not gpt-4o and gpt-4o-mini.
+    It did if it names no model, the same (case does not count), `replies_as`, or one of these with a date or a tag more
+    or less: gpt-4o and gpt-4o-2024-08-06, llama3 and llama3:latest; not gpt-4o and gpt-4o-mini.
     """
     named = (record["model"] or "").lower()
     for wanted in (asked_name(teacher).lower(), (teacher.replies_as or "").lower()):
@@ -81,8 +81,8 @@ _SAME_MODEL = r"([-@:](\d{4}-\d\d-\d\d|\d{4,8}|latest|main))?"
 class Store:
     """A store that is open for appending; the caller holds its lock.
 
-    An answer counts as stored once `append` returns: written and synced to the disk. Answers that arrive while the disk is
-    busy go there together.
+    An answer counts as stored once `append` returns: written and synced to the disk. Answers that arrive while the disk
+    is busy go there together.
     """
 
     def __init__(self, path: Path):
