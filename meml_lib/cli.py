@@ -125,8 +125,8 @@ def collect(file: File, set_: Set = None) -> None:
     with _plain_errors():
         study = config.load_study(file, set_)
         processes.sigterm_as_interrupt()
-        missing = 0
-        for run in _asking(study):
+        missing, asking = 0, list(_asking(study))
+        for run in asking:
             from meml_lib.experts import collect
 
             try:
@@ -139,7 +139,7 @@ def collect(file: File, set_: Set = None) -> None:
         if missing:
             typer.echo(f"{missing} answers are missing; the same command asks for them alone", err=True)
             raise typer.Exit(1)
-        typer.echo(f"{file}: all answers are stored")
+        typer.echo(f"{file}: {'all answers are stored' if asking else 'no teacher of kind: api to ask'}")
 
 
 def _asking(study) -> Iterator:

