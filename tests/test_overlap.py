@@ -85,9 +85,11 @@ def questions_of(*ids: str) -> pd.DataFrame:
 
 def test_the_questions_that_all_get_wrong_are_listed_with_what_each_answered():
     listed = overlap.wrong_for_all(table(), questions_of(*reversed(RIGHT)))
-    assert listed.columns.tolist() == ["question_id", "text", "gold", "answer/ann", "answer/bob", "answer/cem"]
-    rows = listed.astype(object).where(listed.notna(), None).to_numpy().tolist()
-    assert rows == [["q4", "ask q4", "8", "ann's", "bob's", "cem's"], ["q5", "ask q5", "8", "ann's", "bob's", None]]
+    assert listed.columns.tolist() == ["question_id", "text", "gold", "answers"]
+    assert listed.to_numpy().tolist() == [
+        ["q4", "ask q4", "8", "ann: ann's; bob: bob's; cem: cem's"],
+        ["q5", "ask q5", "8", "ann: ann's; bob: bob's; cem: unreadable"],
+    ]
     with pytest.raises(KeyError, match="q5"):
         overlap.wrong_for_all(table(), questions_of("q4"))
 

@@ -97,14 +97,14 @@ def shared_errors(answers: pd.DataFrame) -> pd.DataFrame:
 
 
 def wrong_for_all(answers: pd.DataFrame, questions: pd.DataFrame) -> pd.DataFrame:
-    """The questions that no expert answers rightly: question_id, text, gold, answer/EXPERT (as read; None: unreadable).
+    """The questions that no expert answers rightly: question_id, text, gold, answers ("ann: 7; bob: unreadable").
 
     Raises: KeyError if such a question is not in `questions`, and as `right_table`.
     """
     right = right_table(answers)
-    read = answers.pivot(index="question_id", columns="expert", values="answer")[list(right)].add_prefix("answer/")
-    ids = right.index[~right.any(axis=1)]
-    return questions.set_index("question_id").loc[ids, ["text", "gold"]].join(read).reset_index()
+    read = answers["expert"] + ": " + answers["answer"].fillna("unreadable")
+    asked = questions.set_index("question_id").loc[right.index[~right.any(axis=1)], ["text", "gold"]]
+    return asked.join(read.groupby(answers["question_id"]).agg("; ".join).rename("answers")).reset_index()
 
 
 def corrected_by_others(answers: pd.DataFrame) -> pd.DataFrame:

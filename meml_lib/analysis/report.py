@@ -300,7 +300,8 @@ def _pictures(study: config.Study, data: Mapping[str, Any]) -> Pictures:
     experts, lines = list(study.base_run().experts.known), drawn(data)
     tested = ", ".join(f"{n:g}" for n in sorted({s["n_questions"] for s in data["scores"] if s["mean"] is not None}))
     chance = "seeds and questions" if len(data["seeds"]) > 1 else "questions"
-    note = f"n = {tested} test questions; seeds {', '.join(map(str, data['seeds']))}; 95 % intervals ({chance} random)"
+    how = f"seeds {', '.join(map(str, data['seeds']))}; 95 % intervals ({chance} random)"
+    note = f"n = {tested} test questions; {how}"
     others = sum(arm["last_stage"] == "riel" for arm in data["arms"]) - len(lines)
     some = f"; {others} more arms not drawn" if others else ""
     after = [(arm, readable.scores_of(data, arm, STAGES[arm["last_stage"]])) for arm in data["arms"]]
@@ -320,7 +321,7 @@ def _pictures(study: config.Study, data: Mapping[str, Any]) -> Pictures:
         if arm["label"] in lines and key.startswith("pass@")
     ]
     if samples:
-        of, title = f"mean of the experts; lines: {note}{some}", "pass@k: one of k samples right"
+        of, title = f"test, mean of the experts; {how}{some}", "pass@k: one of k samples right"
         picture = figures.shares(pd.DataFrame(samples), "k", title=title, by="label", xlabel="k", order=lines, note=of)
         found["pass-at-k"] = "pass@k", picture
     metrics: dict[str, list[pd.DataFrame]] = {}

@@ -29,7 +29,7 @@ def percent(table: pd.DataFrame) -> pd.DataFrame:
 
 def table(frame: pd.DataFrame):
     """A table of texts in full, from the left, without row numbers; an em dash for what is not there."""
-    left = {"selector": "th, td", "props": "text-align: left; vertical-align: top; overflow-wrap: anywhere; min-width: 5em"}
+    left = {"selector": "th, td", "props": "text-align: left; vertical-align: top"}
     return frame.style.hide().format(precision=0, na_rep="—").set_table_styles([left])
 
 
