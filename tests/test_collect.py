@@ -234,6 +234,14 @@ def test_a_teacher_that_only_fails_stops_before_it_has_burnt_every_question(worl
     assert done.missing == 60 and "too many failures in a row" in str(done)
 
 
+def test_failures_among_answers_do_not_stop_a_teacher(world):
+    refused = {f"What is {n} and {n}?": [400] for n in range(0, 40, 2)}
+    with FaultyServer(refused) as server:
+        done = world.run(server.url, questions=40, concurrency=1)
+        assert len(server.log) == 40
+    assert (done.table.loc[0, "new"], done.table.loc[0, "failed"]) == (20, "HTTP 400: 20")
+
+
 # --- budgets ----------------------------------------------------------------------------------------------------------
 
 PRICED = {"a": {"price": {"input": 10.0, "output": 100.0}}}
