@@ -144,3 +144,8 @@ def test_openness_and_licences_follow_the_task_the_model_and_the_teachers(data):
     assert found["Open access to data and code"][0] == "no" and found["Licenses for existing assets"][0] == "partly"
     assert "mine.csv: unknown" in found["Licenses for existing assets"][1]
     assert "off the panel" not in found["Licenses for existing assets"][1]
+
+    values["experts"]["known"]["b"]["teacher"] = {"kind": "table", "path": None, "hub": {"name": "some/traces"}}
+    assert "some/traces: unknown" in answers(data)["Licenses for existing assets"][1]
+    values["experts"]["known"]["b"]["teacher"] = {"kind": "api", "model": "deepseek-r1", "path": "store.jsonl"}
+    assert "answers of deepseek-r1, by API: unknown" in answers(data)["Licenses for existing assets"][1]

