@@ -11,7 +11,7 @@ import re
 from fractions import Fraction
 
 MARKS = (
-    re.compile(r"\bA:|\b[Aa]nswer(?:\*\*)?:(?=[\s*]*+[-\u2212\\$\u20ac\u00a3\d])"),
+    re.compile(r"(?:^[ \t]*+|[.?!] )A:|\b[Aa]nswer(?:\*\*)?:(?=[\s*]*+[-\u2212\\$\u20ac\u00a3\d])", re.MULTILINE),
     re.compile(r"\bthe (?:final |correct )?answer is\b", re.IGNORECASE),
 )
 """What announces a number where there is neither `####` nor a box, the more trusted first. The last one counts."""
@@ -48,7 +48,7 @@ _BEGAN_BEFORE = re.compile(
     r"|\d[eE:'\u2019][+-]?$|\\(?:times|cdot|div|pm|sqrt|[dt]?frac)\W{0,3}$"
 )
 
-_SENTENCES = re.compile(r"(?<=[.!?])[\s*]++(?=[\"'(*\\$]{0,4}+[A-Z\d])|\n")
+_SENTENCES = re.compile(r"(?<=[.!?])(?<![DM][rs]\.)(?<!Mrs\.)[\s*]++(?=[\"'(*\\$]{0,4}+[A-Z\d])|\n")
 _ENDED = re.compile(r"[.!?\u3002][\"'\u201d\u2019)*$`\\\]]{0,6}\Z|\\[\])]\Z|\$\$\Z")
 _BARE = re.compile(  # 18; $18; 18 dollars; Total: 18
     r"(?:[^\d=:]{0,60}+[=:])?[^\w.]{0,8}+[\d.,/]++\\?%?(?: [A-Za-z]++){0,2}+[*$)]*+"
