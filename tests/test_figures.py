@@ -86,8 +86,8 @@ def test_coverage_is_drawn_in_three_orders_with_each_added_experts_colour():
     listed, greedy, mean = axes.containers
     assert listed.lines[0].get_ydata().tolist() == pytest.approx([50, 75, 75])
     assert mean.lines[0].get_ydata().tolist() == pytest.approx([100 * 5 / 12, 100 * 2 / 3 - 100 / 12, 75])
-    reach = listed.lines[2][0].get_segments()[0][:, 1].tolist()
-    assert reach == [pytest.approx(100 * limit, abs=0.01) for limit in (0.1500, 0.8500)]  # Wilson, 2 of 4
+    reach = listed.lines[2][0].get_segments()[1][:, 1].tolist()
+    assert reach == [pytest.approx(100 * limit, abs=0.01) for limit in (0.3006, 0.9544)]  # Wilson, 3 of 4
     points = [line for line in axes.get_lines() if line.get_marker() in "osD" and len(line.get_xdata())]
     assert [line.get_color() for line in points[:3]] == [figures.COLOURS[place] for place in (2, 1, 0)]  # ann, bob, cem
     assert len({container.lines[0].get_linestyle() for container in axes.containers}) == 3
