@@ -95,9 +95,9 @@ def test_reasoning_is_dropped_or_stands_before_the_answer_and_is_not_read(task, 
     assert dropped["text"].tolist() == ["It is 8.", "no number", ""]
     kept = experts.teacher_answers(task, [expert(file, reasoning="prepend")])
     assert kept["text"].tolist() == ["<think>\nIt is 5.\n</think>\n\nIt is 8.", "no number", ""]
-    asked = experts.teacher_answers(task, [expert(jsonl(row("q1", "no number", why="7")), reasoning="prepend",
-                                                  columns={"reasoning": "why"})])  # fmt: skip
-    assert asked["text"].tolist() == ["<think>\n7\n</think>\n\nno number"] and asked["correct"].isna().all()
+    file = jsonl(row("q1", "no number", why="7"), row("q1", "", why="7"))
+    asked = experts.teacher_answers(task, [expert(file, reasoning="prepend", columns={"reasoning": "why"})])
+    assert asked["text"].tolist() == ["<think>\n7\n</think>\n\nno number", ""] and asked["correct"].isna().all()
 
 
 # --- what is taken ----------------------------------------------------------------------------------------------------
@@ -232,6 +232,8 @@ def test_collected_answers_are_used_only_as_they_would_be_asked_today(task, json
     expected = [["q0", 0, "8", True], ["q0", 1, "9", True], ["q1", 1, "8", False]]
     assert table[["question_id", "sample", "text", "ended"]].values.tolist() == expected
     assert table["correct"].tolist() == [True, False, pd.NA]
+    thinking = experts.Expert("mine", "answer", teacher.model_copy(update={"reasoning": "prepend"}))
+    assert experts.teacher_answers(task, [thinking])["text"][0] == "<think>\n2 x 4\n</think>\n\n8"
     counts = experts.imported(task, [mine]).iloc[0, 2:].to_dict()
     assert counts == {"rows": 7, "taken": 3, "unknown_question": 1, "duplicate": 1, "asked_otherwise": 1,
                       "another_model": 1, "empty": 0, "cut_off": 1}  # fmt: skip
