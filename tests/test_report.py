@@ -295,6 +295,9 @@ def test_teachers_are_compared_on_questions_that_all_answered(study, data):
     *pairs, everyone = three["shared"]
     assert (three["left_out"], everyone["n"], len(pairs)) == (1, QUESTIONS - 1, 3)
     assert everyone["iou"] == pytest.approx((marks.max(axis=1) == 0).sum() / (marks.min(axis=1) == 0).sum())
+    beside = next(row["ours"] for row in data["paper"] if row["row"].startswith("Errors shared by all teachers"))
+    assert [beside[key] for key in ("mean", "low", "high")] == [everyone[key] for key in ("iou", "iou_low", "iou_high")]
+    assert beside["n_questions"] == everyone["any_wrong"] > pairs[0]["any_wrong"]
 
 
 def test_a_sign_of_trouble_stands_with_its_seeds_steps_and_figure(spare):
