@@ -82,6 +82,7 @@ class Quiz(tasks.Task):
         (LONG.replace("31", "32"), []),
         ("Jo" + LONG, []),  # another name
         (LONG[:-1] + "n?", []),
+        (LONG + "x", []),
         (f"{SHORT}\nNo.", ["test-1"]),
         ("is it  1 + 1?", ["test-1"]),
         (f"But then, {SHORT} No.", []),  # so few words stand anywhere
