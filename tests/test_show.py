@@ -43,6 +43,15 @@ def test_intervals_are_shown_in_percent_and_phi_as_it_is(answers):
     assert shares["% [95 % interval]"].str.slice(0, 5).tolist() == ["33.3 ", "66.7 "]
 
 
+def test_a_wide_table_keeps_order_n_and_gaps():
+    shares = [("right", "b", 4, 0.5, 0.25, 0.75), ("right", "a", 2, 1.0, 0.5, 1.0), ("empty", "b", 4, 0.0, 0.0, 0.5)]
+    table = show.wide(pd.DataFrame(shares, columns=["what", "expert", "n", "share", "low", "high"]), "what", "expert")
+    assert table.index.tolist() == ["right", "empty"] and table.columns.tolist() == ["b", "a"]
+    texts = table.map(lambda text: text.replace("\N{NO-BREAK SPACE}", " "))
+    assert texts.loc["right"].tolist() == ["50.0 [25.0, 75.0], n = 4", "100.0 [50.0, 100.0], n = 2"]
+    assert texts.loc["empty"].tolist() == ["0.0 [0.0, 50.0], n = 4", "\N{EM DASH}"]
+
+
 def test_an_overlap_of_no_errors_is_a_dash(answers):
     shared = show.percent(overlap.shared_errors(answers[answers["question_id"] == "q3"])).iloc[0]
     assert shared["intersection / union, %"] == shared["phi"] == "—" and shared["wrong for all, %"].startswith("0.0 [")

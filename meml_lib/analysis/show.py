@@ -27,6 +27,14 @@ def percent(table: pd.DataFrame) -> pd.DataFrame:
     return shown
 
 
+def wide(table: pd.DataFrame, index: str, columns: str) -> pd.DataFrame:
+    """`percent`, and n, as a matrix: a row for each value of `index`, a column for each of `columns`, as the table has them."""
+    cells = percent(table)[LABELS["share"]] + ", n = " + table["n"].astype(str)
+    shown = table.assign(cells=cells).pivot(index=index, columns=columns, values="cells")
+    order = pd.unique(pd.concat([table[index], table[columns]]))  # one order for both where they hold the same names
+    return shown.reindex(index=table[index].unique(), columns=[name for name in order if name in shown]).fillna("\u2014")
+
+
 def table(frame: pd.DataFrame):
     """A table of texts in full, from the left, without row numbers; an em dash for what is not there."""
     left = {"selector": "th, td", "props": "text-align: left; vertical-align: top"}
