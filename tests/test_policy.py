@@ -125,4 +125,4 @@ def test_lora_trains_adapters_only_and_saves_merged(policy, tmp_path):
 
 def test_a_missing_gguf_package_says_what_to_do():
     with pytest.raises(FileNotFoundError, match="make smollm2"):
-        policies._gguf_file("package:no_such_package")
+        policies.gguf_file("package:no_such_package")

@@ -180,7 +180,7 @@ def load(params: ModelParams, *, device: str, words: Sequence[str], seed: int) -
         tokenizer = AutoTokenizer.from_pretrained(params.path)
         model = AutoModelForCausalLM.from_pretrained(params.path, dtype=dtype)
     else:
-        tokenizer, model = _load_gguf(_gguf_file(params.path), dtype)
+        tokenizer, model = _load_gguf(gguf_file(params.path), dtype)
     if params.lora is not None:
         from peft import LoraConfig, get_peft_model
 
@@ -247,7 +247,7 @@ def _scratch_model(params: ScratchModelParams, tokenizer: PreTrainedTokenizerBas
     )
 
 
-def _gguf_file(path: str) -> Path:
+def gguf_file(path: str) -> Path:
     """A path, or package:NAME for the one .gguf file inside an installed package (found without importing it)."""
     if not path.startswith("package:"):
         file = Path(path)
