@@ -6,6 +6,7 @@ A file's `use: [..]` (and an arm's) composes left to right; later wins, mappings
 from __future__ import annotations
 
 import ast
+import copy
 import difflib
 import html
 import json
@@ -115,30 +116,30 @@ def _kinds(annotation: Any) -> list[type[BaseModel]]:
     return [kind for part in get_args(annotation) for kind in _kinds(part)]
 
 
-def _unions(section: type[BaseModel]) -> dict[str, tuple[str, dict[str, type[BaseModel]]]]:
-    """Key of a section with several kinds -> the key that tells them apart, and the kind for each of its values."""
-    found = {}
-    for name, info in section.model_fields.items():
-        if info.discriminator:
-            tag, kinds = str(info.discriminator), _kinds(info.annotation)
-            found[name] = (tag, {word: kind for kind in kinds for word in get_args(kind.model_fields[tag].annotation)})
-        for kind in _kinds(info.annotation):
-            found |= _unions(kind)
-    return found
-
-
-_UNIONS = _unions(schema.RunParams)
+_KINDS = {
+    "task": ("name", _kinds(schema.TaskParams)),
+    "model": ("source", _kinds(schema.ModelParams)),
+    "teacher": ("kind", _kinds(schema.Teacher)),
+}
+"""Key of a section with several kinds -> the key that tells them apart, and the kinds."""
 
 
 @dataclass
 class _Values:
     """Nested values on their way together, and where each came from."""
 
+    file: Path | None = None
+    """The file that was asked for; None: its sections were written into a notebook, or it is a part."""
     tree: dict[str, Any] = field(default_factory=dict)
     origins: dict[_Path, str] = field(default_factory=dict)
 
-    def copy(self) -> _Values:
-        return _Values(_copy(self.tree), dict(self.origins))
+    @property
+    def name(self) -> str:
+        return self.file.stem if self.file else "notebook"
+
+    @property
+    def label(self) -> str:
+        return label_of(self.file) if self.file else "notebook"
 
     def add_file(self, file: Path, chain: tuple[Path, ...] = ()) -> _Values:
         """Add what a file uses, then the file itself."""
@@ -156,44 +157,32 @@ class _Values:
         for name in used:
             self.add_file(_find(name, file), (*chain, file) if file else chain)
 
-    def merge(self, layer: Mapping[str, Any], origin: Callable[[_Path], str]) -> None:
-        self._merge(self.tree, layer, origin, ())
+    def set(self, key: str, value: Any, origin: str) -> None:
+        """Set a dotted key."""
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        self.merge(value, lambda path: origin)
 
-    def set(self, overrides: Mapping[str, Any], origin: Callable[[str], str]) -> None:
-        """Set dotted keys, in order."""
-        for key, value in overrides.items():
-            layer: Any = value
-            for part in reversed(key.split(".")):
-                layer = {part: layer}
-            self.merge(layer, lambda path, key=key: origin(key))
-
-    def _merge(self, tree: dict, layer: Mapping, origin: Callable[[_Path], str], path: _Path) -> None:
-        for key, value in layer.items():
-            here = (*path, str(key))
-            if not isinstance(value, Mapping):
-                self._forget(here)
-                tree[str(key)] = value
-            else:
-                old = tree.get(str(key))
-                if not isinstance(old, dict) or _another_kind(str(key), old, value):
-                    self._forget(here)
-                    old = tree[str(key)] = {}
-                self._merge(old, value, origin, here)
+    def merge(
+        self, layer: Mapping, origin: Callable[[_Path], str], path: _Path = (), tree: dict[str, Any] | None = None
+    ) -> None:
+        """Lay values over those at a path (tree: what is there): mappings merge, all else is replaced."""
+        tree = self.tree if tree is None else tree
+        for key, value in ((str(key), value) for key, value in layer.items()):
+            here, old, nested = (*path, key), tree.get(key), isinstance(value, Mapping)
+            if not (nested and isinstance(old, dict)) or _another_kind(key, old, value):
+                self.origins = {known: at for known, at in self.origins.items() if known[: len(here)] != here}
+                tree[key] = {} if nested else value
+            if nested:
+                self.merge(value, origin, here, tree[key])
             self.origins.setdefault(here, origin(here))
-
-    def _forget(self, path: _Path) -> None:
-        for known in [known for known in self.origins if known[: len(path)] == path]:
-            del self.origins[known]
 
 
 def _another_kind(key: str, old: Mapping, new: Mapping) -> bool:
     """Whether a later task, model or teacher is of another kind than the earlier, so that their keys cannot mix."""
-    tag, kinds = _UNIONS.get(key, (None, {}))
-    return tag in new and kinds.get(old.get(tag)) is not kinds.get(new[tag])
-
-
-def _copy(value: Any) -> Any:
-    return {key: _copy(item) for key, item in value.items()} if isinstance(value, dict) else value
+    tag, kinds = _KINDS.get(key, (None, []))
+    words = [get_args(kind.model_fields[tag].annotation) for kind in kinds]
+    return tag in new and not any(old.get(tag) in of_kind and new[tag] in of_kind for of_kind in words)
 
 
 def leaves(value: Any, path: _Path = ()) -> Iterable[tuple[_Path, Any]]:
@@ -229,7 +218,7 @@ def _overrides(given: Overrides | None) -> dict[str, Any]:
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
-def _checked(section: type[BaseModel], values: _Values, label: str) -> Any:
+def _checked(section: type[BaseModel], values: _Values) -> Any:
     """The values as `section`; every fault at once, each with its place, key, value, bound and nearest right key."""
     faults = []
     try:
@@ -239,7 +228,7 @@ def _checked(section: type[BaseModel], values: _Values, label: str) -> Any:
             if _has_bool(value) and not _has_bool(as_checked[path]):
                 faults.append(f"{values.origins[path]}: {'.'.join(path)} = {value}: must not be a yes/no value")
     except ValidationError as error:
-        faults = [_fault(section, values, label, fault) for fault in error.errors(include_url=False)]
+        faults = [_fault(section, values, fault) for fault in error.errors(include_url=False)]
     if faults:
         raise ParamsError("\n".join(dict.fromkeys(faults)))
     return checked
@@ -249,17 +238,17 @@ def _has_bool(value: Any) -> bool:
     return any(isinstance(item, bool) for item in (value if isinstance(value, (list, tuple)) else [value]))
 
 
-def _fault(section: type[BaseModel], values: _Values, label: str, fault: Any) -> str:
-    kinds, node, path, origin = [section], values.tree, (), label
+def _fault(section: type[BaseModel], values: _Values, fault: Any) -> str:
+    kinds, node, path, origin, siblings = [section], values.tree, (), values.label, []
     for part in fault["loc"]:
         siblings = sorted({name for kind in kinds for name in kind.model_fields})
-        is_key = isinstance(node, dict) and (part in node or fault["type"] == "missing" and part in siblings)
-        if is_key or isinstance(node, (list, tuple)):
-            path, node = (*path, str(part)), node[part] if not is_key or part in node else None
+        lacking = fault["type"] == "missing" and part in siblings and part not in node
+        if lacking or isinstance(part, int) or isinstance(node, dict) and part in node:
+            path, node = (*path, str(part)), None if lacking else node[part]
             origin = values.origins.get(path, origin)
             fields = [kind.model_fields[part].annotation for kind in kinds if part in kind.model_fields]
             kinds = [kind for annotation in fields for kind in _kinds(annotation)] if fields else kinds
-        else:  # the tag of a union, which is no key of the file
+        else:  # the kind of a section with several, which is no key of the file
             words = {kind: [get_args(info.annotation) for info in kind.model_fields.values()] for kind in kinds}
             kinds = [kind for kind in kinds if any(part in args for args in words[kind])] or kinds
     key, context, quote = ".".join(path), fault.get("ctx", {}), "'"
@@ -348,15 +337,16 @@ class Run(schema.RunParams):
         return [(key, value, self.sources.get(key, "default")) for key, value in paths]
 
     def _repr_html_(self) -> str:
-        cells = (
-            f"<tr><td>{html.escape(key)}</td><td>{html.escape(_short(value))}</td><td>{html.escape(source)}</td></tr>"
-            for key, value, source in self.rows()
-        )
+        rows = [(key, _short(value), source) for key, value, source in self.rows()]
         return (
             f"<p><b>{html.escape(self.params_file)}</b>, seed {self.seed}, in {html.escape(label_of(self.run_dir))}</p>"
-            '<details><summary>values</summary><table style="font-size:85%">'
-            f"<tr><th>key</th><th>value</th><th>from</th></tr>{''.join(cells)}</table></details>"
+            f"<details><summary>values</summary>{_html_table(('key', 'value', 'from'), rows)}</details>"
         )
+
+
+def _html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<table style="font-size:85%"><tr><th>{"</th><th>".join(head)}</th></tr>{body}</table>'
 
 
 def _short(value: Any, width: int = 100) -> str:
@@ -379,8 +369,7 @@ def load_run(
       stage1_dir: None: inside run_dir.
     Raises: ParamsError naming file and line, key, value, bound and the nearest right name.
     """
-    path = _params_file(file)
-    return _run(_Values().add_file(path), path.stem, label_of(path), overrides, run_dir, stage1_dir)
+    return _run(_of_file(file), overrides, run_dir, stage1_dir)
 
 
 def load_values(file: str | Path) -> Run:
@@ -388,22 +377,24 @@ def load_values(file: str | Path) -> Run:
     return Run.model_validate_json(Path(file).read_text(encoding="utf-8"))
 
 
-def _params_file(file: str | Path) -> Path:
+def _of_file(file: str | Path) -> _Values:
     path = locate(file)
-    return path.resolve() if path.is_file() else _find(str(file), None)
+    path = path.resolve() if path.is_file() else _find(str(file), None)
+    return _Values(path).add_file(path)
 
 
-def _run(values: _Values, name: str, label: str, overrides: Overrides | None, run_dir: Any, stage1_dir: Any) -> Run:
-    values.set(_overrides(overrides), lambda key: "override")
+def _run(values: _Values, overrides: Overrides | None, run_dir: Any, stage1_dir: Any) -> Run:
+    for key, value in _overrides(overrides).items():
+        values.set(key, value, "override")
     if "arms" in values.tree:
-        raise ParamsError(f"{label} is a study; a run file has no `arms` (notebooks 04 and 05 take a study)")
-    checked = _checked(schema.RunParams, values, label)
+        raise ParamsError(f"{values.label} is a study; a run file has no `arms` (notebooks 04 and 05 take a study)")
+    checked = _checked(schema.RunParams, values)
     if ("experts", "only") in values.origins:
         values.origins["experts", "panel"] = values.origins["experts", "only"]
     return Run(
-        **{key: getattr(checked, key) for key in schema.RunParams.model_fields},
-        params_file=label,
-        run_dir=root() / (run_dir or f"reports/{name}/runs/{name}/seed-{checked.seed}"),
+        **dict(checked),
+        params_file=values.label,
+        run_dir=root() / (run_dir or f"reports/{values.name}/runs/{values.name}/seed-{checked.seed}"),
         stage1_dir=root() / stage1_dir if stage1_dir else None,
         sources={".".join(path): values.origins.get(path, "default") for path, _ in leaves(checked.model_dump())},
     )
@@ -473,25 +464,21 @@ class Study(schema.StudyParams):
         return merged
 
     def _compose(self, arm: str | None, seed: int, run_dir: Path, stage1_dir: Path | None) -> Run:
-        values, origins = self._base.copy(), self._origins
-        values.set(self.overrides, lambda key: origins.get(("overrides", key), self.params_file))
-        if arm:
-            place = ("arms", arm, "overrides")
-            values.set(self.arms[arm].overrides, lambda key: origins.get((*place, key), self.params_file))
-        values.set({"seed": seed}, lambda key: origins.get(("seeds",), self.params_file))
-        return _run(values, self.name, self.run_params_file, self._extra, run_dir, stage1_dir)
+        values = copy.deepcopy(self._base)
+        for key, value in self.overrides_of(arm, seed).items():
+            places = [("seeds",)] if key == "seed" else [("arms", arm, "overrides", key), ("overrides", key)]
+            origins = (self._origins[place] for place in places if place in self._origins)
+            values.set(key, value, "override" if key in self._extra else next(origins, self.params_file))
+        return _run(values, None, run_dir, stage1_dir)
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td>{html.escape(name)}</td><td>{html.escape(arm.label)}</td>"
-            f"<td>{html.escape(', '.join(f'{key}: {_short(value)}' for key, value in arm.overrides.items()))}</td></tr>"
+        rows = [
+            (name, arm.label, ", ".join(f"{key}: {_short(value)}" for key, value in arm.overrides.items()))
             for name, arm in self.arms.items()
-        )
+        ]
         place = f"over {self.run_params_file}, seeds {list(self.seeds)}, in {label_of(self.folder)}"
-        return (
-            f"<p><b>{html.escape(self.title)}</b>: {html.escape(self.params_file)} {html.escape(place)}</p>"
-            f'<table style="font-size:85%"><tr><th>arm</th><th>label</th><th>what differs</th></tr>{rows}</table>'
-        )
+        head = f"<p><b>{html.escape(self.title)}</b>: {html.escape(self.params_file)} {html.escape(place)}</p>"
+        return head + _html_table(("arm", "label", "what differs"), rows)
 
 
 def load_study(file: str | Path, overrides: Overrides | None = None, reports_dir: str | Path = "reports") -> Study:
@@ -502,50 +489,44 @@ def load_study(file: str | Path, overrides: Overrides | None = None, reports_dir
       reports_dir: the study's folder is <reports_dir>/<file's name>, for a run file <reports_dir>/<file's name>-run.
     Raises: ParamsError naming file and line, key, value, bound and the nearest right name.
     """
-    path = _params_file(file)
-    return _study(_Values().add_file(path), path.stem, label_of(path), path, overrides, reports_dir)
+    return _study(_of_file(file), overrides, reports_dir)
 
 
-def _expand_arms(values: _Values, file: Path | None) -> None:
+def _expand_arms(values: _Values) -> None:
     """An arm's `use: [..]`, parts of run files, becomes overrides; what the arm itself overrides wins."""
     arms = values.tree.get("arms")
     for name, arm in arms.items() if isinstance(arms, dict) else ():
         if not isinstance(arm, dict) or "use" not in arm:
             continue
         part, place = _Values(), ("arms", name, "overrides")
-        part.add_used(arm.pop("use"), file)
+        part.add_used(arm.pop("use"), values.file)
         own = arm.get("overrides") or {}
         arm["overrides"] = {".".join(path): value for path, value in leaves(part.tree)} | own
         for path in part.origins:
             values.origins.setdefault((*place, ".".join(path)), part.origins[path])
 
 
-def _study(
-    values: _Values, name: str, label: str, file: Path | None, given: Overrides | None, reports_dir: str | Path
-) -> Study:
+def _study(values: _Values, overrides: Overrides | None, reports_dir: str | Path) -> Study:
     fields = schema.StudyParams.model_fields
-    extra = _overrides(given)
-    own = {key: extra.pop(key) for key in list(extra) if key.split(".")[0] in fields}
+    given = _overrides(overrides)
+    extra = {key: value for key, value in given.items() if key.split(".")[0] not in fields}
+    base, name = None, values.name
     if values.tree.keys() & fields:
         if "seed" in extra:
             raise ParamsError(f"seed={extra['seed']}: a study's runs take their seeds from `seeds`; give seeds=[..]")
-        _expand_arms(values, file)
-        values.set(own, lambda key: "override")
-        checked = _checked(schema.StudyParams, values, label)
-        run_file = _find(checked.run_file, file)
-        base, run_label = _Values().add_file(run_file), label_of(run_file)
-    else:
-        base, run_label = values, label
-        seed = extra.pop("seed", values.tree.get("seed", 0))
-        tree = {"title": name, "run_file": label, "seeds": [seed], "arms": {name: {"label": name}}}
-        values, name = _Values(tree), f"{name}-run"  # the study of a file's name keeps that folder
-        values.set(own, lambda key: "override")
-        checked = _checked(schema.StudyParams, values, label)
-    study = Study(
-        **{key: getattr(checked, key) for key in fields},
-        params_file=label, name=name, folder=root() / reports_dir / name, run_params_file=run_label,
-    )  # fmt: skip
-    study._given, study._base, study._origins, study._extra = _overrides(given), base, values.origins, extra
+        _expand_arms(values)
+    else:  # a run file
+        base, seed = values, extra.pop("seed", values.tree.get("seed", 0))
+        tree = {"title": name, "run_file": base.label, "seeds": [seed], "arms": {name: {"label": name}}}
+        values, name = _Values(base.file, tree), f"{name}-run"  # the study of a file's name keeps that folder
+    for key, value in given.items():
+        if key.split(".")[0] in fields:
+            values.set(key, value, "override")
+    checked = _checked(schema.StudyParams, values)
+    base = base or _of_file(_find(checked.run_file, values.file))
+    places = {"name": name, "folder": root() / reports_dir / name}
+    study = Study(**dict(checked), params_file=values.label, run_params_file=base.label, **places)
+    study._given, study._base, study._origins, study._extra = given, base, values.origins, extra
     base_run = study.base_run()
     panel = base_run.experts.panel
     positions = [arm for arm in study.arms if "experts.only" in study.arms[arm].overrides]
@@ -556,7 +537,7 @@ def _study(
         )
     for table, arm, against, measure in study.comparisons:
         if measure.startswith("expert-") and int(measure.removeprefix("expert-")) >= len(panel):
-            place = values.origins.get(("compare", table, arm, against), label)
+            place = values.origins.get(("compare", table, arm, against), values.label)
             raise ParamsError(f"{place}: {measure}: the panel {list(panel)} has positions 0 to {len(panel) - 1}")
     study.stage1_groups()  # composes and checks every arm
     return study
@@ -566,7 +547,6 @@ def _study(
 
 _RUN_NAMES = ("params_file", "overrides", "run_dir", "stage1_dir")
 _STUDY_NAMES = ("params_file", "overrides", "reports_dir")
-_STATE = "_meml_parameter_cells"
 
 
 def from_notebook(namespace: dict[str, Any]) -> Run:
@@ -578,44 +558,35 @@ def from_notebook(namespace: dict[str, Any]) -> Run:
 
     Raises: ParamsError for a name that nothing reads, with the nearest right one; and as load_run does.
     """
-    given, sections = _notebook(namespace, _RUN_NAMES, set(schema.RunParams.model_fields))
-    places = given.get("overrides"), given.get("run_dir"), given.get("stage1_dir")
-    if not sections:
-        return load_run(_named_file(given), *places)
-    values, name, label, _ = _from_sections(sections)
-    return _run(values, name, label, *places)
+    given, values = _asked_for(namespace, _RUN_NAMES, set(schema.RunParams.model_fields))
+    return _run(values, given.get("overrides"), given.get("run_dir"), given.get("stage1_dir"))
 
 
 def study_from_notebook(namespace: dict[str, Any]) -> Study:
     """The study that a notebook's parameter cells ask for, as from_notebook; they may set reports_dir."""
     known = set(schema.StudyParams.model_fields) | set(schema.RunParams.model_fields)
-    given, sections = _notebook(namespace, _STUDY_NAMES, known)
-    reports_dir = given.get("reports_dir") or "reports"
+    given, values = _asked_for(namespace, _STUDY_NAMES, known)
+    return _study(values, given.get("overrides"), given.get("reports_dir") or "reports")
+
+
+def _asked_for(namespace: dict[str, Any], names: Sequence[str], known: set[str]) -> tuple[dict[str, Any], _Values]:
+    """(parameters by name, values of the file that they name; of the sections that papermill -f wrote)."""
+    given, sections = _notebook(namespace, names, known)
     if not sections:
-        return load_study(_named_file(given), given.get("overrides"), reports_dir)
-    values, name, label, file = _from_sections(sections)
-    return _study(values, name, label, file, given.get("overrides"), reports_dir)
-
-
-def _named_file(given: Mapping[str, Any]) -> str:
-    if not isinstance(given.get("params_file"), str):
-        raise ParamsError(f"params_file = {given.get('params_file')!r} must name a file, e.g. 'params/smoke.yaml'")
-    return given["params_file"]
-
-
-def _from_sections(sections: dict[str, Any]) -> tuple[_Values, str, str, Path | None]:
-    """Values of the sections that papermill -f wrote; name, label and place of their file where it is one of ours."""
-    for file in sorted((root() / "params").rglob("*.yaml")):
+        if not isinstance(given.get("params_file"), str):
+            raise ParamsError(f"params_file = {given.get('params_file')!r} must name a file, e.g. 'params/smoke.yaml'")
+        return given, _of_file(given["params_file"])
+    for file in sorted((root() / "params").rglob("*.yaml")):  # one of ours keeps its name and place
         try:
             same = _read(file)[0] == sections
         except ParamsError:
             continue  # a broken file that this notebook does not use
         if same:
-            return _Values().add_file(file), file.stem, label_of(file), file
+            return given, _Values(file).add_file(file)
     values = _Values()
     values.add_used(sections.pop("use", []), None)
     values.merge(sections, lambda path: "notebook")
-    return values, "notebook", "notebook", None
+    return given, values
 
 
 @dataclass(frozen=True)
@@ -635,16 +606,13 @@ class _Cell:
 
 def _notebook(namespace: dict[str, Any], names: Sequence[str], sections: set[str]) -> tuple[dict, dict]:
     """(parameters by name, sections of a run or study file) that the notebook's parameter cells assigned."""
-    history = namespace.get("In")
-    known = {*names, *sections, "use"}
-    if not isinstance(history, list):  # no IPython: a script
-        cells: list[_Cell] = [_literal_globals(namespace, known)]
-    else:
-        seen, earlier = namespace.get(_STATE, (0, []))
-        seen, earlier = (seen, earlier) if seen <= len(history) else (0, [])  # %reset emptied the history
-        fresh = (_parameter_cell(source, names, known, first=seen == 0) for source in history[seen:])
-        cells = [*earlier, *(cell for cell in fresh if cell)]
-        namespace[_STATE] = (len(history), cells)
+    known, history = {*names, *sections, "use"}, namespace.get("In")
+    if isinstance(history, list):
+        call = next((place for place, source in enumerate(history) if "from_notebook(" in source), len(history))
+        found = (_parameter_cell(source, names, known, place <= call) for place, source in enumerate(history))
+        cells = [cell for cell in found if cell]
+    else:  # no IPython: a script
+        cells = [_literal_globals(namespace, known)]
     _raise_strays(cells, names, known)
     given: dict[str, Any] = {}
     file: dict[str, Any] = {}
@@ -668,33 +636,24 @@ def _parameter_cell(source: str, names: Sequence[str], known: set[str], first: b
         body = ast.parse(source).body
     except SyntaxError:  # a magic or a shell line
         return None
-    injected = source.lstrip().startswith("# Parameters")
-    cell, pure = _Cell({}, {}, injected), True
-    for node in body:
-        target = node.targets[0] if isinstance(node, ast.Assign) and len(node.targets) == 1 else None
-        if not isinstance(target, ast.Name):
-            pure = False
-            continue
+    assigns = [node for node in body if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)]
+    pure = assigns == body and not any(isinstance(part, ast.Call) for node in body for part in ast.walk(node))
+    cell = _Cell({}, {}, injected=source.lstrip().startswith("# Parameters"))
+    for name, value in ((node.targets[0].id, node.value) for node in assigns):
+        if not (pure or cell.injected or name in names):
+            continue  # code: only what can be nothing but a parameter counts
         try:
-            cell.values[target.id] = ast.literal_eval(node.value)
+            cell.values[name] = ast.literal_eval(value)
         except ValueError:
-            cell.faults[target.id] = ast.unparse(node.value)
-            pure = pure and not any(isinstance(part, ast.Call) for part in ast.walk(node.value))
-    if not pure and not injected:  # code: only what can be nothing but a parameter counts
-        cell = _Cell(*({key: own[key] for key in own if key in names} for own in (cell.values, cell.faults)), injected)
+            cell.faults[name] = ast.unparse(value)
     # After the first call, cells explore: a lone `seed = 3` there is a name of the notebook's own.
     sure = any(key in (*names, "use") or isinstance(cell.values.get(key), dict) for key in known & cell.names)
-    return cell if cell.names and (first or injected or sure) else None
+    return cell if cell.names and (first or cell.injected or sure) else None
 
 
 def _literal_globals(namespace: Mapping[str, Any], known: set[str]) -> _Cell:
-    literals = {}
-    for key, value in namespace.items():
-        try:
-            if not key.startswith("_") and ast.literal_eval(repr(value)) == value:
-                literals[key] = value
-        except (ValueError, SyntaxError):
-            continue  # a module, a function: not a parameter
+    plain = (str, int, float, list, tuple, dict, type(None))
+    literals = {key: value for key, value in namespace.items() if isinstance(value, plain) and key[0] != "_"}
     close = (key for key in literals if difflib.get_close_matches(key, known, n=1, cutoff=0.8))
     return _Cell({key: literals[key] for key in close}, {}, injected=False)
 
