@@ -294,8 +294,8 @@ def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
-_WHERE_ASKED = ("base_url", "key_from", "path", "price")
-"""Values of an API teacher that change no answer."""
+_WHERE_ASKED = {"base_url", "key_from", "path", "price"}
+"""Values of an API teacher that change no answer: the answers themselves are an input."""
 
 
 class Run(schema.RunParams):
@@ -320,16 +320,12 @@ class Run(schema.RunParams):
 
     def reads(self, stage: Stage) -> dict[str, Any]:
         """The values that a stage's results depend on: no hardware, no layout of batches, no expert off the panel."""
-        values = self.values()
-        own = ("mef",) if stage == "mef" else ("riel",)
-        read = {key: values[key] for key in ("task", "experts", "model", "sampling", *own, "evaluate", "seed")}
-        read["experts"]["known"] = known = {name: values["experts"]["known"][name] for name in self.experts.panel}
-        for teacher in (expert["teacher"] for expert in known.values()):
-            for key in _WHERE_ASKED if teacher["kind"] == "api" else ():
-                del teacher[key]  # the answers themselves are an input
-        del read["sampling"]["rows_per_batch"]
-        read["model"].pop("config", None)  # a dry run's; a run reads the model's own
-        return read
+        known = self.experts.known
+        unread: dict[str, Any] = {n: {"teacher": _WHERE_ASKED} for n, e in known.items() if e.teacher.kind == "api"}
+        unread |= {name: True for name in known.keys() - set(self.experts.panel)}
+        parts = {"sampling": {"rows_per_batch"}, "model": {"config"}, "experts": {"known": unread}}  # config: a dry run's
+        read = {"task", "experts", "model", "sampling", stage, "evaluate", "seed"}
+        return self.model_dump(mode="json", include=read, exclude=parts)
 
     def rows(self) -> list[tuple[str, Any, str]]:
         """(dotted key, value, source) of every value."""

@@ -690,7 +690,7 @@ def test_it_names_the_command_the_commits_and_the_rule(written, data):
 
 def test_each_table_is_csv_and_latex_and_nothing_old_stays(written):
     stems = {file.stem for file in (written / "tables").glob("*.csv")} - {"scores"}
-    assert stems == set(readable.TITLES)
+    assert stems == set(readable.TABLES)
     tex = {file.stem for file in (written / "tables").glob("*.tex")}
     assert tex == stems - {"paper"} | {"tables"} | {f"paper-{name}" for name in claims.values()["tables"]}
     assert not (written / "figures" / "of-an-arm-that-is-gone.png").exists()

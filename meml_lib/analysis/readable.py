@@ -2,47 +2,20 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 
 from meml_lib.analysis import checklist, claims, show, stats
 from meml_lib.analysis.measures import STAGES
 
-TITLES = {  # of every table, in the report's order
-    "arms": "Accuracy of the arms",
-    "differences": "Differences decided beforehand",
-    "experts": "Each expert, before and after stage 2",
-    "prompts": "Prompts and teachers after stage 1",
-    "samples": "Several samples: one of k right",
-    "training": "Training",
-    "budgets": "What each arm spent",
-    "signs": "Signs of trouble",
-    "overlap": "Error overlap of the experts",
-    "teachers": "The teachers",
-    "shared": "Errors that teachers share",
-    "difficulty": "By difficulty",
-    "paper": "Beside the paper",
-    "settings": "Where this differs from the paper",
-    "checklist": "Reproducibility checklists",
-    "runs": "Runs",
-}
-ON_TEST = "Percent on test questions; brackets: 95 % intervals."
-ABOUT = {  # of the tables that speak of something else than test questions
-    "prompts": "On the questions of the split that stands there; brackets: Wilson's 95 % intervals over questions; one seed a row.",
-    "training": "Training rollouts, means over the seeds.",
-    "budgets": "Stage 2, means over the seeds.",
-    "signs": "Training rollouts.",
-    "teachers": "On training questions; brackets: Wilson's 95 % intervals over questions.",
-    "shared": "On training questions; brackets: 95 % intervals over questions (Clopper and Pearson; Wilson; delta method).",
-    "settings": "Values, not results.",
-    "checklist": "Answers worked out from what was recorded.",
-    "runs": "Training stages.",
-}
-SEEDLESS = ("teachers", "shared", "settings", "checklist")
+TABLES = yaml.safe_load(Path(__file__).with_name("tables.yaml").read_text(encoding="utf-8"))
+"""Name -> title, note and whether it has seeds, in the report's order."""
 BUDGETS = {"rollouts": "rollouts", "ground_truth_items": "ground-truth items", "update_tokens": "update tokens"}
 SHARES = {"reward": "reward", "groups_all_wrong": "groups all wrong", "groups_all_right": "groups all right"}
 SHARES |= {"questions_all_wrong": "questions all wrong", "unreadable": "unreadable", "truncated": "truncated"}
@@ -53,7 +26,7 @@ Record = Mapping[str, Any]
 
 
 def tables(data: Record) -> dict[str, pd.DataFrame]:
-    """All tables of a report, `data` as `report.gather` found it: name (as in TITLES) -> frame."""
+    """All tables of a report, `data` as `report.gather` found it: name (as in tables.yaml) -> frame."""
     rows = {
         "differences": [_pair_row(pair, data["panel"]) for pair in data["pairs"]],
         "signs": _sign_rows(data),
@@ -66,13 +39,13 @@ def tables(data: Record) -> dict[str, pd.DataFrame]:
         "runs": run_rows(data["stages"]),
     }
     found = measured(data) | {name: _frame(of_table) for name, of_table in rows.items()}
-    return {name: found[name] for name in TITLES}
+    return {name: found[name] for name in TABLES}
 
 
 def measured(data: Record) -> dict[str, pd.DataFrame]:
     """The tables of what arms, or one run, measured on test and in training."""
-    names, seeds = ("arms", "experts", "samples", "overlap", "difficulty"), len(data["seeds"])
-    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    seeds = len(data["seeds"])
     for arm in data["arms"]:
         stages = {stage: scores_of(data, arm, stage) for stage in STAGES.values()}
         rows["arms"].append(_arm_row(arm, stages, seeds))
@@ -87,10 +60,14 @@ def measured(data: Record) -> dict[str, pd.DataFrame]:
                 rows["overlap"] += [head | found] if (found := _overlap_cells(scores, seeds)) else []
                 rows["difficulty"].append(head | _difficulty_cells(scores, seeds))
     trained = [stage for stage in data["stages"] if stage["stage"] == "stage 2"]
-    by_arm = {name: list(own) for name, own in groupby(trained, lambda stage: stage["name"])}
-    rows["training"] = list(map(_training_row, by_arm.values()))
-    rows["budgets"] = list(map(_budget_row, by_arm.values()))
-    return {name: _frame(of_table) for name, of_table in rows.items()}
+    for _, group in groupby(trained, lambda stage: stage["name"]):
+        own = list(group)
+        done = [stage for stage in own if stage["training"]]
+        head = {"arm": own[0]["label"], "seeds": len(done)}
+        for name, row in (("training", _training_row), ("budgets", _budget_row)):
+            rows[name].append(head | (row(done) if done else {"steps": own[0]["state"]}))
+    names = ("arms", "experts", "samples", "overlap", "difficulty", "training", "budgets")
+    return {name: _frame(rows[name]) for name in names}
 
 
 def scores_of(data: Record, arm: Record, stage: str) -> dict[str, Record]:
@@ -191,12 +168,9 @@ def _mean_of(stages: Sequence[Record], key: str) -> float | None:
     return None if None in values else sum(values) / len(values)
 
 
-def _training_row(stages: Sequence[Record]) -> dict[str, Any]:
+def _training_row(done: Sequence[Record]) -> dict[str, Any]:
     """An arm's means over the seeds that are done."""
-    done = [stage for stage in stages if stage["training"]]
-    if not done:
-        return {"arm": stages[0]["label"], "seeds": 0, "steps": stages[0]["state"]}
-    row = {"arm": stages[0]["label"], "seeds": len(done), "steps": f"{_mean_of(done, 'steps'):g}"}
+    row = {"steps": f"{_mean_of(done, 'steps'):g}"}
     for key, name in SHARES.items():
         row[f"{name}, %"] = " → ".join(f"{100 * _mean_of(done, f'{key}_{end}'):.0f}" for end in ("start", "end"))
     losses = [stage["training"]["steps_with_gradient"] for stage in done]
@@ -205,25 +179,22 @@ def _training_row(stages: Sequence[Record]) -> dict[str, Any]:
     return row | {"buffer flushes": f"{_mean_of(done, 'buffer_flushes'):.1f}"}
 
 
-def _budget_row(stages: Sequence[Record]) -> dict[str, Any]:
-    done = [stage for stage in stages if stage["training"]]
-    if not done:
-        return {"arm": stages[0]["label"], "seeds": 0, "steps": stages[0]["state"]}
+def _budget_row(done: Sequence[Record]) -> dict[str, Any]:
     spent = {name: _mean_of(done, key) for key, name in {"steps": "steps", **BUDGETS}.items()}
     numbers = {name: None if mean is None else f"{mean:,.0f}" for name, mean in spent.items()}
     limits = done[0]["training"].get("stop_at", {})
     short = [str(s["seed"]) for s in done if limits and all(s["training"][key] < most for key, most in limits.items())]
     asked = ", ".join(f"{most:,} {BUDGETS[key]}" for key, most in limits.items())
     asked += f"; not reached with seed {', '.join(short)}" if short else ""
-    return {"arm": stages[0]["label"], "seeds": len(done), **numbers, "to stop at": asked or "—"}
+    return {**numbers, "to stop at": asked or "—"}
 
 
 def _sign_rows(data: Record) -> Iterator[dict[str, Any]]:
     """One row an arm and sign, all seeds in it."""
-    found: dict[tuple[str, str], list[tuple[Record, Record]]] = {}
+    found: dict[tuple[str, str], list[tuple[Record, Record]]] = defaultdict(list)
     for stage in data["stages"]:
         for sign in stage["signs"]:
-            found.setdefault((stage["name"], sign["name"]), []).append((stage, sign))
+            found[stage["name"], sign["name"]].append((stage, sign))
     example = data["example"] or {"arm": None, "seed": None}
     for (arm, name), of_seeds in found.items():
         stage, sign = of_seeds[0]

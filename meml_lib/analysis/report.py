@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -82,6 +81,7 @@ def gather(study: config.Study) -> dict[str, Any]:
     speaks = {arm: _speaker(study, arms) for arms in study.stage1_groups().values() for arm in arms}
     fullest, base, here = _fullest(results), study.base_run(), runs.provenance()
     teachers = [_teachers(panel, folder.read_table("teacher_answers")) for panel, folder in _answered(study)]
+    scores = [score for result in results for score in result.scores()]
     data = {
         "title": study.title,
         "notes": study.notes,
@@ -93,12 +93,7 @@ def gather(study: config.Study) -> dict[str, Any]:
         "values": base.values(),
         "panel": base.experts.panel,
         "arms": [_arm(result, speaks[result.arm], study.arms[result.arm].overrides) for result in results],
-        "scores": [
-            score
-            for result in results
-            for score in result.scores()
-            if score["stage"] == STAGES["riel"] or speaks[result.arm] == result.arm
-        ],
+        "scores": [s for s in scores if s["stage"] == STAGES["riel"] or speaks[s["arm"]] == s["arm"]],
         "pairs": _pairs(study, {result.arm: result for result in results}),
         "teachers": teachers,
         "prompts": _prompts(study),
@@ -258,12 +253,11 @@ def _example(results: Sequence[ArmResult], study: config.Study) -> dict[str, Any
 
 def _plain(value: Any) -> Any:
     """JSON values: numpy's numbers as Python's, NaN and NA as null."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, Iterator)):
-        return [_plain(item) for item in value]
-    value = value.item() if isinstance(value, np.generic) else value
-    return None if value is pd.NA or isinstance(value, float) and math.isnan(value) else value
+
+    def as_json(other: Any) -> Any:
+        return list(other) if isinstance(other, Iterator) else None if other is pd.NA else other.item()
+
+    return json.loads(json.dumps(value, default=as_json), parse_constant=lambda nan: None)
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
@@ -391,7 +385,7 @@ def write(study: config.Study) -> Path:
     text = _template("report.md.j2").render(
         data=data,
         tables={name: _markdown_table(frame) for name, frame in frames.items()},
-        titles=readable.TITLES,
+        titles={name: table["title"] for name, table in readable.TABLES.items()},
         papers=[(title, _markdown_table(frame)) for title, frame in papers.values()],
         verdict=claims.values()["verdict"],
         verdicts={verdict: verdicts.count(verdict) for verdict in dict.fromkeys(verdicts)},
@@ -415,13 +409,10 @@ def _sheets(data: Mapping[str, Any], frames: Mapping[str, pd.DataFrame], papers:
     """The tables for LaTeX: title and note; the paper's one by one."""
     trained = ", ".join(sorted({readable.commit(stage) for stage in data["stages"] if stage["state"] == "done"}))
     made = f"Made by {data['command']}; trained at commit {trained or 'none'}, written at {readable.commit(data['commit'])}."
-    seeds = f"Seeds {', '.join(map(str, data['seeds']))}."
-
-    def note(name: str) -> str:
-        return f"{readable.ABOUT.get(name, readable.ON_TEST)} {seeds if name not in readable.SEEDLESS else ''} {made}"
-
-    beside = f"{claims.values()['verdict']['rule']} {note('paper')}"
-    found = {name: latex.Sheet(frames[name], title, note(name)) for name, title in readable.TITLES.items() if name != "paper"}
+    seeds, rule = f"Seeds {', '.join(map(str, data['seeds']))}.", claims.values()["verdict"]["rule"]
+    about = {n: f"{t['note']} {seeds if t.get('seeds', True) else ''} {made}" for n, t in readable.TABLES.items()}
+    found = {n: latex.Sheet(frames[n], t["title"], about[n]) for n, t in readable.TABLES.items() if n != "paper"}
+    beside = f"{rule} {about['paper']}"
     return found | {f"paper-{name}": latex.Sheet(frame, title, beside) for name, (title, frame) in papers.items()}
 
 
