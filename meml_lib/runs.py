@@ -66,9 +66,8 @@ class RunFolder:
 
         Raises: ValueError naming the metric that is nan or infinite: a broken step must not pass for a result.
         """
-        for name, value in record.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"metric {name} = {value} at step {record.get('step')}: must be finite")
+        if odd := not_finite(record):
+            raise ValueError(f"metric {odd}: must be finite")
         self.path.mkdir(parents=True, exist_ok=True)
         line = json.dumps(dict(record), allow_nan=False) + "\n"
         with open(self.path / "metrics.jsonl", "ab", buffering=0) as file:  # one write call: a line or nothing
@@ -116,6 +115,12 @@ class RunFolder:
         self.write_json("manifest", {**provenance(), **facts})
 
 
+def not_finite(record: Mapping[str, Any]) -> str | None:
+    """The first number of a step's record that is nan or infinite, in words."""
+    odd = (name for name, value in record.items() if isinstance(value, float) and not math.isfinite(value))
+    return next((f"{name} = {record[name]} at step {record.get('step')}" for name in odd), None)
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -161,30 +166,26 @@ def locked(file: Path, what: str, wait_s: float = 0.0) -> Iterator[None]:
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    started, told, held = time.monotonic(), False, False
     try:
-        started, told = time.monotonic(), False
-        while not _try_lock(handle):
-            holder = os.pread(handle, 32, 0).decode().strip() or "unknown"
-            waited = time.monotonic() - started
-            if waited >= wait_s:
-                raise InUse(f"{what} is in use by process {holder}; wait for it, or end it")
-            if waited > 5 and not told:
-                print(f"waiting for process {holder}, which uses {what}", flush=True)
-                told = True
-            time.sleep(0.2)
+        while not held:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = True
+            except BlockingIOError as error:
+                holder = os.pread(handle, 32, 0).decode().strip() or "unknown"
+                waited = time.monotonic() - started
+                if waited >= wait_s:
+                    raise InUse(f"{what} is in use by process {holder}; wait for it, or end it") from error
+                if waited > 5 and not told:
+                    print(f"waiting for process {holder}, which uses {what}", flush=True)
+                    told = True
+                time.sleep(0.2)
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
         yield
     finally:
         os.close(handle)
-
-
-def _try_lock(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 # --- who watches ------------------------------------------------------------------------------------------------------
@@ -243,11 +244,8 @@ def cores() -> int:
 
 def gpus() -> list[str]:
     """Names of the NVIDIA GPUs that the driver shows, without importing torch."""
-    if shutil.which("nvidia-smi") is None:
-        return []
-    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    return [line.strip() for line in answer.stdout.splitlines() if line.strip()] if answer.returncode == 0 else []
+    listed = _said_by("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
+    return [line.strip() for line in (listed or "").splitlines()]
 
 
 def _commit() -> dict[str, Any]:
@@ -256,18 +254,19 @@ def _commit() -> dict[str, Any]:
     Files under reports/ are results: a run that writes a committed report anew does not change what made it.
     """
     here = Path(__file__).resolve().parents[1]
-
-    def git(*words: str) -> str | None:
-        try:
-            answer = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=False)
-        except FileNotFoundError:  # no git on this machine
-            return None
-        return answer.stdout.strip() if answer.returncode == 0 else None
-
     if not (here / ".git").exists():  # an installed copy inside somebody else's checkout has no commit of its own
         return {"commit": None, "dirty": None}
-    changes = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)reports")
-    return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
+    git, sources = ("git", "-C", str(here)), (":/", ":(exclude,top)reports")
+    changes = _said_by(*git, "status", "--porcelain", "--untracked-files=no", "--", *sources)
+    return {"commit": _said_by(*git, "rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
+
+
+def _said_by(*command: str) -> str | None:
+    """What a command prints; None where it is not installed, or fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    return answer.stdout.strip() if answer.returncode == 0 else None
 
 
 def _without_secret(word: str) -> str:

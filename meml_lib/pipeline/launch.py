@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,7 @@ def train(stage: config.Stage, p: config.Run) -> pd.DataFrame:
         folder.set_status("running", f"process {os.getpid()} is training", parts=parts)
         started = time.monotonic()
         try:
-            with _Display(stage, p, folder) as display:
+            with closing(_Display(stage, p, folder)) as display:
                 if _alone(p) and _code() == _CODE_AT_IMPORT:
                     from meml_lib.training import stage as stages
 
@@ -84,20 +85,16 @@ def train(stage: config.Stage, p: config.Run) -> pd.DataFrame:
 
 def _check_stage1(p: config.Run) -> None:
     """Stage 2 must not go on from a stage 1 that other values made."""
-    folder = RunFolder(p.folder("mef"))
+    folder, again = RunFolder(p.folder("mef")), "notebook 02_mef, or launch.train('mef', p)"
     status = folder.status
     if status["state"] != "done":
-        raise FileNotFoundError(
-            f"stage 1 in {folder.path} is {status['state']} ({status['message']}); "
-            "train it first: notebook 02_mef, or launch.train('mef', p)"
-        )
+        found = f"stage 1 in {folder.path} is {status['state']} ({status['message']})"
+        raise FileNotFoundError(f"{found}; train it first: {again}")
     parts = keys.stage_parts("mef", p)
     why = keys.reasons(status["parts"], parts | {"code": status["parts"]["code"]})
     if why:
-        raise RuntimeError(
-            f"stage 1 in {folder.path} was trained with other values ({'; '.join(why)}); "
-            "train it again: notebook 02_mef, or launch.train('mef', p)"
-        )
+        found = f"stage 1 in {folder.path} was trained with other values ({'; '.join(why)})"
+        raise RuntimeError(f"{found}; train it again: {again}")
     if status["parts"]["code"] != parts["code"]:
         print(f"note: code has changed since stage 1 in {folder.path} was trained")
 
@@ -106,15 +103,13 @@ def _clear_aside(folder: RunFolder) -> None:
     """Make way: the last complete result is kept as NAME.old, an incomplete one is removed."""
     if not folder.path.exists() or not any(folder.path.iterdir()):
         return
-    state = folder.status["state"]
+    state, old = folder.status["state"], folder.path.with_name(f"{folder.path.name}.old")
     if state == "absent":
         raise RuntimeError(f"{folder.path} holds files that no training wrote; give another run_dir, or move them")
     if state != "done":
         shutil.rmtree(folder.path)
         return
-    old = folder.path.with_name(f"{folder.path.name}.old")
-    if old.exists():
-        shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)
     folder.path.rename(old)
 
 
@@ -199,52 +194,40 @@ class _Display:
     """A bar and a curve where a person watches; a line every few seconds where nobody does."""
 
     def __init__(self, stage: config.Stage, p: config.Run, folder: RunFolder):
-        self._stage, self._folder = stage, folder
-        self._total = p.mef.steps if stage == "mef" else p.riel.steps
-        self._order = list(p.experts.known)  # one colour an expert, also in arms without the others
-        self._watch = signs.Watch(p.riel) if stage == "riel" else None
-        self._curve_at = time.monotonic()
-        self._line_at = self._first_at = 0.0
-        self._last: dict[str, Any] | None = None
-        self._bar: Any = None
-        self._curve: Any = None
-
-    def __enter__(self) -> _Display:
-        if not runs.watched():
-            return self
         from tqdm.auto import tqdm
 
-        self._bar = tqdm(total=self._total, desc=self._stage, unit="step")
-        if runs.in_kernel():
+        self._stage, self._folder = stage, folder
+        self._order = list(p.experts.known)  # one colour an expert, also in arms without the others
+        self._watch = signs.Watch(p.riel) if stage == "riel" else None
+        self._total = (p.mef if stage == "mef" else p.riel).steps
+        self._bar = tqdm(total=self._total, desc=stage, unit="step", disable=not runs.watched())
+        self._line_at, self._first_at, self._curve_at = 0.0, 0.0, time.monotonic()
+        self._last: dict[str, Any] | None = None
+        self._curve: Any = None
+        if runs.in_kernel() and runs.watched():
             from IPython.display import display
 
             self._curve = display(display_id=True)
-        return self
 
     def show(self, record: dict[str, Any]) -> None:
         self._last, now = record, time.monotonic()
         self._first_at = self._first_at or now
-        if self._bar is not None:
-            self._bar.set_postfix_str(_numbers(record), refresh=False)
-            self._bar.update()
-        elif now - self._line_at >= runs.LOG_EVERY_S:
+        self._bar.set_postfix_str(_numbers(record), refresh=False)
+        self._bar.update()
+        if self._bar.disable and now - self._line_at >= runs.LOG_EVERY_S:
             self._line_at = now
             self._print_line()
         for sign in self._watch.see(record) if self._watch else ():
-            if self._bar is not None:
-                self._bar.write(str(sign))
-            else:
-                print(sign, flush=True)
+            self._bar.write(str(sign))
         if self._curve is not None and now - self._curve_at >= CURVE_EVERY_S:
             from meml_lib.analysis import figures
 
             self._curve_at = now
             self._curve.update(figures.curves(self._folder.read_metrics(), order=self._order))
 
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        elif self._last is not None:
+    def close(self) -> None:
+        self._bar.close()
+        if self._bar.disable and self._last is not None:
             self._print_line()
         if self._curve is not None:  # the notebook shows the finished curves itself
             self._curve.update({}, raw=True)

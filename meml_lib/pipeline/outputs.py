@@ -5,32 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from meml_lib import config
-from meml_lib.runs import RunFolder
-
-if TYPE_CHECKING:
-    import pandas as pd
+from meml_lib.runs import RunFolder, not_finite
 
 ANSWERS = ("question_id", "expert", "sample", "text", "answer", "correct")
 QUESTIONS = ("question_id", "text", "gold", "difficulty")
+STAGE_1 = {
+    "teacher_answers": ANSWERS,
+    "training_answers": ("expert", "given", "kept"),
+    "prompt_teacher": ("question_id", "prompt", "teacher", "logp", "tokens"),
+}
 
 
 def stage_faults(stage: config.Stage, p: config.Run) -> list[str]:
     """What is missing or wrong in a stage's folder; empty: complete."""
     folder, panel = RunFolder(p.folder(stage)), len(p.experts.panel)
+    tables = {f"{split}_questions": QUESTIONS for split in ("validation", "test")}
+    tables |= {f"{split}_greedy": (*ANSWERS, "tokens", "ended") for split in ("validation", "test")}
+    tables |= STAGE_1 if stage == "mef" else {"rollouts": ANSWERS}
+    tables |= {"test_sampled": ANSWERS} if p.evaluate.samples_per_expert else {}
     faults = metrics_faults(folder)
-    for split in ("validation", "test"):
-        faults += table_faults(folder, f"{split}_questions", QUESTIONS)
-        faults += table_faults(folder, f"{split}_greedy", (*ANSWERS, "tokens", "ended"))
-    if stage == "mef":
-        faults += table_faults(folder, "prompt_teacher", ("question_id", "prompt", "teacher", "logp", "tokens"))
-        faults += table_faults(folder, "training_answers", ("expert", "given", "kept"))
-    names = ["teacher_answers"] if stage == "mef" else ["rollouts"]
-    names += ["test_sampled"] if p.evaluate.samples_per_expert else []
-    for name in names:
-        faults += table_faults(folder, name, ANSWERS)
+    faults += [fault for name, columns in tables.items() for fault in table_faults(folder, name, columns)]
     if not faults:
         asked, answered = (len(folder.read_table(f"test_{name}")) for name in ("questions", "greedy"))
         if answered != asked * panel:
@@ -50,11 +46,8 @@ def metrics_faults(folder: RunFolder) -> list[str]:
         return [f"{file}: broken ({error})"]
     if not records:
         return [f"{file}: no step"]
-    for record in records:
-        for name, value in record.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                return [f"{file}: {name} = {value} at step {record.get('step')}"]
-    return []
+    odd = next((found for record in records if (found := not_finite(record))), None)
+    return [f"{file}: {odd}"] if odd else []
 
 
 def table_faults(folder: RunFolder, name: str, columns: Iterable[str]) -> list[str]:
@@ -67,17 +60,15 @@ def table_faults(folder: RunFolder, name: str, columns: Iterable[str]) -> list[s
     except (OSError, ValueError) as error:  # pyarrow's errors are of these kinds
         return [f"{file}: broken ({str(error).splitlines()[0]})"]
     missing = [column for column in columns if column not in table]
+    numbers = table.select_dtypes("float")
+    infinite = [column for column in numbers if numbers[column].isin([math.inf, -math.inf]).any()]
     if missing:
         return [f"{file}: no column {', '.join(missing)}"]
-    return [f"{file}: no row"] if table.empty else _not_finite(file, table)
+    if infinite:
+        return [f"{file}: infinite number in {', '.join(infinite)}"]
+    return [f"{file}: no row"] if table.empty else []
 
 
 def file_faults(file: Path) -> list[str]:
     """A file must exist and hold something."""
     return [] if file.is_file() and file.stat().st_size else [f"{file}: {'empty' if file.is_file() else 'missing'}"]
-
-
-def _not_finite(file: Path, table: pd.DataFrame) -> list[str]:
-    numbers = table.select_dtypes("float")
-    bad = [column for column in numbers if numbers[column].isin([math.inf, -math.inf]).any()]
-    return [f"{file}: infinite number in {', '.join(bad)}"] if bad else []

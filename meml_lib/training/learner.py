@@ -170,12 +170,10 @@ def schedule(step: int, params: OptimizerParams, steps: int) -> float:
 def _optimizers(params: OptimizerParams, names: Sequence[str], tensors: Sequence[Tensor]) -> list[torch.optim.Optimizer]:
     """AdamW for all, or Muon for the hidden matrices and AdamW for the rest."""
     outer = ("embed", "lm_head", "wte", "wpe")
-    hidden = [
-        t.ndim == 2 and params.optimizer == "muon" and not any(word in name for word in outer)
-        for name, t in zip(names, tensors, strict=True)
-    ]
-    matrices = [t for t, is_hidden in zip(tensors, hidden, strict=True) if is_hidden]
-    rest = [t for t, is_hidden in zip(tensors, hidden, strict=True) if not is_hidden]
+    matrices, rest = [], []
+    for name, tensor in zip(names, tensors, strict=True):
+        hidden = params.optimizer == "muon" and tensor.ndim == 2 and not any(word in name for word in outer)
+        (matrices if hidden else rest).append(tensor)
     options = {"lr": params.lr, "weight_decay": params.weight_decay}
     optimizers: list[torch.optim.Optimizer] = []
     if rest:

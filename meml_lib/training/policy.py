@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from meml_lib.schema import HubModelParams, ModelParams, ScratchModelParams
@@ -173,27 +173,24 @@ def load(params: ModelParams, *, device: str, words: Sequence[str], seed: int) -
     """
     torch.manual_seed(seed)
     dtype = getattr(torch, params.dtype)
-    if isinstance(params, ScratchModelParams):
+    if params.source == "scratch":
         tokenizer = word_tokenizer(words)
         model = _scratch_model(params, tokenizer).to(dtype)
-    elif isinstance(params, HubModelParams):
+    elif params.source == "hub":
         tokenizer = AutoTokenizer.from_pretrained(params.path)
         model = AutoModelForCausalLM.from_pretrained(params.path, dtype=dtype)
     else:
-        tokenizer, model = _load_gguf(gguf_file(params.path), dtype)
-    if params.lora is not None:
+        file = gguf_file(params.path)
+        folder, options = file.parent, {"gguf_file": file.name}
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        options["quantization_config"] = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    if (lora := params.lora) is not None:
         from peft import LoraConfig, get_peft_model
 
-        model = get_peft_model(
-            model,
-            LoraConfig(
-                r=params.lora.rank,
-                lora_alpha=params.lora.alpha,
-                lora_dropout=params.lora.dropout,
-                target_modules=_as_peft(params.lora.target_modules),
-                task_type="CAUSAL_LM",
-            ),
-        )
+        modules = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+        sizes = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
+        model = get_peft_model(model, LoraConfig(target_modules=modules, task_type="CAUSAL_LM", **sizes))
     return Policy(model.to(device), tokenizer)
 
 
@@ -254,23 +251,8 @@ def gguf_file(path: str) -> Path:
         if not file.is_file():
             raise FileNotFoundError(f"model.path={path!r}: no such file")
         return file
-    name = path.removeprefix("package:")
-    spec = importlib.util.find_spec(name)
+    spec = importlib.util.find_spec(path.removeprefix("package:"))
     files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
     if len(files) != 1:
         raise FileNotFoundError(f"model.path={path!r}: found {len(files)} .gguf files; for SmolLM2 run `make smollm2`")
     return files[0]
-
-
-def _load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    from transformers import GgufConfig
-
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
-    )
-    return tokenizer, model
-
-
-def _as_peft(modules: str | tuple[str, ...]) -> str | list[str]:
-    return modules if isinstance(modules, str) else list(modules)
