@@ -264,16 +264,12 @@ def settings(run: config.Run) -> list[dict[str, Any]]:
     for item in values()["settings"]:
         ours, paper = _setting(run, item["key"]), item["paper"]
         accepted = paper if isinstance(paper, list) else [paper]
-        if ours == "—" or paper is not None and any(_same(ours, value) for value in accepted):
+        if ours == "—" or paper is not None and any(ours == value or str(ours) == str(value) for value in accepted):
             continue
         given = "not given" if paper is None else " or ".join(map(str, accepted))
         shown = f"{ours}" + (f" ({item['why']})" if "why" in item else "")
         found.append({"setting": item["what"], "paper": given, "sure": item.get("sure", "—"), "ours": shown})
     return found
-
-
-def _same(ours: Any, paper: Any) -> bool:
-    return ours == paper or str(ours) == str(paper)
 
 
 def _setting(run: config.Run, key: str) -> Any:

@@ -189,21 +189,20 @@ def _training(metrics: pd.DataFrame) -> dict[str, Any]:
 
 
 def _stage1_folders(study: config.Study, table: str) -> Iterator[tuple[list[str], int, RunFolder]]:
-    """(panel, seed, folder) of each finished stage 1 that has a table."""
+    """(panel, seed, folder) of each finished stage 1 of several experts that has a table."""
     for members in study.stage1_groups().values():
         for seed in study.seeds:
             run = study.run(members[0], seed)
-            if (folder := RunFolder(run.folder("mef"))).table(table).is_file():
+            folder = RunFolder(run.folder("mef"))
+            if len(run.experts.panel) > 1 and folder.table(table).is_file():
                 yield list(run.experts.panel), seed, folder
 
 
 def _answered(study: config.Study) -> list[tuple[list[str], RunFolder]]:
-    """Each panel of several, and the folder of its first seed with the teachers' answers: the same for every seed."""
-    found: dict[str, tuple[list[str], RunFolder]] = {}
-    for panel, _, folder in _stage1_folders(study, "teacher_answers"):
-        if len(panel) > 1:
-            found.setdefault(folder.path.parents[1].name, (panel, folder))
-    return list(found.values())
+    """Each panel, and the folder of its first seed with the teachers' answers: the same for every seed."""
+    groups = groupby(_stage1_folders(study, "teacher_answers"), lambda found: found[2].path.parents[1])
+    firsts = [next(of_group) for _, of_group in groups]
+    return [(panel, folder) for panel, _, folder in firsts]
 
 
 def _teachers(panel: Sequence[str], answers: pd.DataFrame) -> dict[str, Any]:
@@ -218,12 +217,11 @@ def _teachers(panel: Sequence[str], answers: pd.DataFrame) -> dict[str, Any]:
 def _prompts(study: config.Study) -> Iterator[dict[str, Any]]:
     """How often each prompt makes its own teacher's answer the likeliest, after stage 1."""
     for panel, seed, folder in _stage1_folders(study, "prompt_teacher"):
-        if len(panel) > 1:
-            table = folder.read_table("prompt_teacher")
-            nats = overlap.nats_per_token(table).groupby(level="prompt").mean().to_dict("index")
-            of = {"experts": panel, "seed": seed, "split": table["split"].iloc[0]}
-            for row in overlap.own_teacher_likeliest(table).to_dict("records"):
-                yield {**of, "nats_per_token": nats[row["prompt"]], **row}
+        table = folder.read_table("prompt_teacher")
+        nats = overlap.nats_per_token(table).groupby(level="prompt").mean().to_dict("index")
+        of = {"experts": panel, "seed": seed, "split": table["split"].iloc[0]}
+        for row in overlap.own_teacher_likeliest(table).to_dict("records"):
+            yield {**of, "nats_per_token": nats[row["prompt"]], **row}
 
 
 def _fullest(results: Sequence[ArmResult]) -> ArmResult:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 
+import pandas as pd
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -231,14 +232,10 @@ def evidence(study: config.Study) -> str:
 
 def _table(title: str, counts: dict[str, Counter[str]], seeds: int) -> Iterator[str]:
     """Counts of one seed, row by row, and of all seeds."""
-    whats = list(dict.fromkeys(what for count in counts.values() for what in count))
-    total = {what: seeds * sum(count[what] for count in counts.values()) for what in whats}
-    rows = [(title, *whats), *((name, *(f"{count[what]:,}" for what in whats)) for name, count in counts.items())]
-    rows.append((f"{seeds * len(counts)} in all ({seeds} seed(s))", *(f"{total[what]:,}" for what in whats)))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(whats) + 1)]
-    yield ""
-    for name, *cells in rows:
-        yield "  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])])
+    table = pd.DataFrame.from_dict(counts, orient="index").fillna(0).astype(int)
+    table.loc[f"{seeds * len(counts)} in all ({seeds} seed(s))"] = seeds * table.sum()
+    shown = table.map(" {:,}".format).rename(columns=" {}".format).rename_axis(columns=title)
+    yield from ("", *shown.to_string().splitlines())
 
 
 def _size(size: int) -> str:
