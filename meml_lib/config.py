@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import yaml
 from pydantic import BaseModel, PrivateAttr, ValidationError
@@ -585,19 +585,16 @@ def _asked_for(namespace: dict[str, Any], names: Sequence[str], known: set[str])
     return given, values
 
 
-@dataclass(frozen=True)
-class _Cell:
-    """What one parameter cell assigned."""
+class _Expression(str):
+    """What a parameter was given where only a plain value will do."""
 
-    values: dict[str, Any]
-    faults: dict[str, str]
-    """Name -> the expression that it was given where only a plain value will do."""
+
+class _Cell(NamedTuple):
+    """One cell that holds parameters."""
+
+    assigned: dict[str, Any]
     injected: bool
     """Written by papermill, after the notebook's own parameter cell."""
-
-    @property
-    def names(self) -> set[str]:
-        return {*self.values, *self.faults}
 
 
 def _notebook(namespace: dict[str, Any], names: Sequence[str], sections: set[str]) -> tuple[dict, dict]:
@@ -608,69 +605,66 @@ def _notebook(namespace: dict[str, Any], names: Sequence[str], sections: set[str
         found = (_parameter_cell(source, names, known, place <= call) for place, source in enumerate(history))
         cells = [cell for cell in found if cell]
     else:  # no IPython: a script
-        cells = [_literal_globals(namespace, known)]
+        cells = [_Cell(_literal_globals(namespace, known), injected=False)]
     _raise_strays(cells, names, known)
     given: dict[str, Any] = {}
     file: dict[str, Any] = {}
     for cell in cells:
-        own = {key for key in known & cell.values.keys() if key not in names or _is_study_key(key, cell, names)}
-        given |= {key: value for key, value in cell.values.items() if key in names and key not in own}
+        values = {key: value for key, value in cell.assigned.items() if not isinstance(value, _Expression)}
+        # `overrides` beside `arms` is the study file's own, below its arms; else it is the notebook's, above them.
+        of_study = "reports_dir" in names and not {"arms", "run_file", "use"}.isdisjoint(values)
+        own = {key for key in known & values.keys() if key not in names or of_study and key == "overrides"}
+        given |= {key: values[key] for key in values if key in names and key not in own}
         if own:
-            file |= {key: cell.values[key] for key in cell.values if key in own}
-        elif "params_file" in cell.values:  # a file named after sections were written wins over them
+            file |= {key: values[key] for key in values if key in own}
+        elif "params_file" in values:  # a file named after sections were written wins over them
             file = {}
     return given, file
 
 
-def _is_study_key(key: str, cell: _Cell, names: Sequence[str]) -> bool:
-    """`overrides` beside `arms` is the study file's own, below its arms; else it is the notebook's, above them."""
-    return key == "overrides" and "reports_dir" in names and not {"arms", "run_file", "use"}.isdisjoint(cell.values)
-
-
 def _parameter_cell(source: str, names: Sequence[str], known: set[str], first: bool) -> _Cell | None:
+    """first: no cell has asked for the parameters yet. After that, cells explore: a lone `seed = 3` is their own."""
     try:
         body = ast.parse(source).body
     except SyntaxError:  # a magic or a shell line
         return None
     assigns = [node for node in body if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)]
     pure = assigns == body and not any(isinstance(part, ast.Call) for node in body for part in ast.walk(node))
-    cell = _Cell({}, {}, injected=source.lstrip().startswith("# Parameters"))
+    cell = _Cell({}, injected=source.lstrip().startswith("# Parameters"))
     for name, value in ((node.targets[0].id, node.value) for node in assigns):
-        if not (pure or cell.injected or name in names):
-            continue  # code: only what can be nothing but a parameter counts
-        try:
-            cell.values[name] = ast.literal_eval(value)
-        except ValueError:
-            cell.faults[name] = ast.unparse(value)
-    # After the first call, cells explore: a lone `seed = 3` there is a name of the notebook's own.
-    sure = any(key in (*names, "use") or isinstance(cell.values.get(key), dict) for key in known & cell.names)
-    return cell if cell.names and (first or cell.injected or sure) else None
+        if pure or cell.injected or name in names:  # beside code only what can be nothing but a parameter counts
+            try:
+                cell.assigned[name] = ast.literal_eval(value)
+            except ValueError:
+                cell.assigned[name] = _Expression(ast.unparse(value))
+    sure = any(key in (*names, "use") or isinstance(cell.assigned[key], dict) for key in known & cell.assigned.keys())
+    return cell if cell.assigned and (first or cell.injected or sure) else None
 
 
-def _literal_globals(namespace: Mapping[str, Any], known: set[str]) -> _Cell:
+def _literal_globals(namespace: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
     plain = (str, int, float, list, tuple, dict, type(None))
-    literals = {key: value for key, value in namespace.items() if isinstance(value, plain) and key[0] != "_"}
-    close = (key for key in literals if difflib.get_close_matches(key, known, n=1, cutoff=0.8))
-    return _Cell({key: literals[key] for key in close}, {}, injected=False)
+    literals = (key for key, value in namespace.items() if isinstance(value, plain) and key[0] != "_")
+    return {key: namespace[key] for key in literals if difflib.get_close_matches(key, known, n=1, cutoff=0.8)}
 
 
 def _raise_strays(cells: Sequence[_Cell], names: Sequence[str], known: set[str]) -> None:
     """Complain of what nothing reads, unless its cell has run again without it."""
     live: list[_Cell] = []
     for cell in cells:
-        for place, earlier in enumerate(live):
-            mended = {near for stray in earlier.names - known for near in difflib.get_close_matches(stray, known, 1)}
-            if earlier.injected == cell.injected and not (earlier.names | mended).isdisjoint(cell.names):
+        for place, (earlier, injected) in enumerate(live):
+            mended = {near for stray in earlier.keys() - known for near in difflib.get_close_matches(stray, known, 1)}
+            if injected == cell.injected and not (earlier.keys() | mended).isdisjoint(cell.assigned):
                 del live[place:]  # the same cell again: the parameters start over from here
                 break
         live.append(cell)
     faults = []
-    for cell in live:
-        if "params_file" in cell.values and not (known - set(names)).isdisjoint(cell.values):
+    for assigned, _ in live:
+        if "params_file" in assigned and not (known - set(names)).isdisjoint(assigned):
             faults.append("the parameters name a params_file and give a file's sections too: keep one of them")
-        for name in sorted(cell.names - known):
-            faults.append(f"{name}: nothing reads a parameter of this name{_nearest(name, known)}")
-        for name in sorted(cell.faults.keys() & known):
-            faults.append(f"{name} = {cell.faults[name]}: must be a plain value, not an expression")
+        for name in sorted(assigned):
+            if name not in known:
+                faults.append(f"{name}: nothing reads a parameter of this name{_nearest(name, known)}")
+            elif isinstance(assigned[name], _Expression):
+                faults.append(f"{name} = {assigned[name]}: must be a plain value, not an expression")
     if faults:
         raise ParamsError("\n".join([*faults, f"(parameters: {', '.join(names)}; or the sections of a file)"]))

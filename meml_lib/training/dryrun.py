@@ -234,8 +234,8 @@ def _table(title: str, counts: dict[str, Counter[str]], seeds: int) -> Iterator[
     """Counts of one seed, row by row, and of all seeds."""
     table = pd.DataFrame.from_dict(counts, orient="index").fillna(0).astype(int)
     table.loc[f"{seeds * len(counts)} in all ({seeds} seed(s))"] = seeds * table.sum()
-    shown = table.map(" {:,}".format).rename(columns=" {}".format).rename_axis(columns=title)
-    yield from ("", *shown.to_string().splitlines())
+    shown = table.map("{:,}".format).rename_axis(columns=title)
+    yield from ("", *shown.to_string(col_space=[len(what) + 1 for what in shown]).splitlines())
 
 
 def _size(size: int) -> str:
