@@ -6,7 +6,7 @@ that bear on reproducibility: their titles, our words.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 CODE, PAPER = "ML Code Completeness", "NeurIPS paper checklist"
@@ -35,15 +35,15 @@ def rows(data: Mapping[str, Any]) -> list[dict[str, str]]:
     timed = [stage for stage in done if stage["wall_s"] and stage["machine"] is not None]
     used = [data["machines"][place] for place in sorted({stage["machine"] for stage in timed})]
     installed = [{"Python": machine["python"], **machine["packages"]} for machine in used]
-    versions = _different(_list(f"{name} {version}" for name, version in of.items() if version) for of in installed)
-    commits = _list(_different(f"{str(s['commit'])[:10]}{' with changes' * (s not in clean)}" for s in done))
+    versions = sorted({_list(f"{name} {version}" for name, version in of.items() if version) for of in installed})
+    commits = _list(sorted({f"{str(s['commit'])[:10]}{' with changes' * (s not in clean)}" for s in done}))
     code = f"commit {commits or 'none'}: {_of(clean, stages)} trained on committed code"
 
     tested = [score for score in data["scores"] if score["measure"] == "mean_expert" and score["mean"] is not None]
     measured = {(score["arm"], score["stage"]) for score in tested}
     last = [(a["stage1"], "stage 1") if a["last_stage"] == "mef" else (a["arm"], "stage 2") for a in arms]
     with_results = [arm for arm, stage in last if (arm, stage) in measured]
-    questions = _list(_different(f"{score['n_questions']:g}" for score in tested)) or "no"
+    questions = _list(sorted({f"{score['n_questions']:g}" for score in tested})) or "no"
     results = f"{len(with_results)} of {len(arms)} arms have greedy accuracies on {questions} test questions"
     fewest = min((score["n_seeds"] for score in tested), default=0)
     compared = [pair for pair in pairs if pair["mean"] is not None]
@@ -54,7 +54,7 @@ def rows(data: Mapping[str, Any]) -> list[dict[str, str]]:
 
     hours, memory = sum(s["wall_s"] for s in timed) / 3600, max((s["peak_memory_mib"] or 0 for s in timed), default=0)
     compute = f"{hours:.2f} h wall time for {_of(timed, stages)}, without repeats; at most {memory} MiB of memory"
-    compute = "; on ".join([compute, *_different(_machine(machine["hardware"]) for machine in used)])
+    compute = "; on ".join([compute, *sorted({_machine(machine["hardware"]) for machine in used})])
     setting = [f"stage {i}: {values[s]['optimizer']}, lr {values[s]['lr']:g}" for i, s in enumerate(("mef", "riel"), 1)]
     setting += [f"{values['evaluate']['validation_questions']} validation questions for every choice"]
     setting += [f"all values in the values.json of {_of(done, stages)}"]
@@ -69,8 +69,8 @@ def rows(data: Mapping[str, Any]) -> list[dict[str, str]]:
     licences = _list(f"{asset['name']}: {asset['licence']}" for asset in existing) or "nothing existing is used"
     notes, command = data["notes"].split(), f"`{data['command']}`"
 
-    trained, evaluated = _share(len(clean), len(stages)), _share(len(with_results), len(arms))
-    specified = _share(len(timed), len(stages)) if len(versions) < 2 else "partly"
+    trained, evaluated, computed = _share(clean, stages), _share(with_results, arms), _share(timed, stages)
+    specified = computed if len(versions) < 2 else "partly"
     significant = "no" if fewest < 2 else "yes" if complete else "partly"
     found = [
         (CODE, "Specification of dependencies", specified, " / ".join(versions) or "no stage is done"),
@@ -80,11 +80,11 @@ def rows(data: Mapping[str, Any]) -> list[dict[str, str]]:
         (CODE, "README with results and commands", evaluated, f"this report, by {command}; {results}"),
         (PAPER, "Limitations", "yes" if notes else "no", f"{len(notes)} words in the study file on its limits"),
         (PAPER, "Experimental result reproducibility", trained, f"{command}; {code}"),
-        (PAPER, "Open access to data and code", _share(len(opened), len(assets)), "; ".join([*named, code])),
-        (PAPER, "Experimental setting/details", _share(len(done), len(stages)), "; ".join(setting)),
+        (PAPER, "Open access to data and code", _share(opened, assets), "; ".join([*named, code])),
+        (PAPER, "Experimental setting/details", _share(done, stages), "; ".join(setting)),
         (PAPER, "Experiment statistical significance", significant, bars),
-        (PAPER, "Experiments compute resources", _share(len(timed), len(stages)), compute),
-        (PAPER, "Licenses for existing assets", _share(len(licensed), len(existing)), licences),
+        (PAPER, "Experiments compute resources", computed, compute),
+        (PAPER, "Licenses for existing assets", _share(licensed, existing), licences),
     ]
     return [dict(zip(("checklist", "item", "answer", "evidence"), row, strict=True)) for row in found]
 
@@ -105,16 +105,12 @@ def _assets(values: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def _share(part: int, whole: int) -> str:
-    return "n.a." if not whole else "no" if not part else "yes" if part == whole else "partly"
+def _share(part: Sequence, whole: Sequence) -> str:
+    return "n.a." if not whole else "no" if not part else "yes" if len(part) == len(whole) else "partly"
 
 
 def _of(some: list, stages: list) -> str:
     return f"{len(some)} of {len(stages)} training stages"
-
-
-def _different(texts: Iterable[str]) -> list[str]:
-    return sorted(set(texts))
 
 
 def _list(texts: Iterable[str]) -> str:

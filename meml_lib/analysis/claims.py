@@ -17,8 +17,6 @@ from meml_lib import config
 from meml_lib.analysis.measures import ArmResult, paired
 from meml_lib.analysis.stats import Interval, text, wilson
 
-NOT_RUN = "not run"
-
 
 @cache
 def values() -> dict[str, Any]:
@@ -121,9 +119,7 @@ def rows(table: str, arms: Sequence[ArmResult], teachers: Sequence[Mapping] = ()
             label, ours = _ours(row, arm, arms, teachers) if arm else (None, None)
             see = row.get("see") if arm and arm.seeds.get("stage 2") else None
             for model, task, value in _cells(row["cells"], run):
-                delta, verdict = None, NOT_RUN
-                if ours or see:
-                    delta, verdict = _judged(row, value, ours, arm, model, task)
+                delta, verdict = _judged(row, value, ours, arm, model, task) if ours or see else (None, "not run")
                 head = {"table": table, "row": row["row"], "model": model, "task": task, "paper": value}
                 mine = {"arm": label, "see": see, "ours": ours and asdict(ours), "delta": delta and asdict(delta)}
                 found.append({**head, "sure": row["sure"], "in_paper": row["in_paper"], **mine, "verdict": verdict})

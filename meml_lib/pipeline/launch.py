@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -152,15 +151,16 @@ def _train_in_processes(stage: str, p: config.Run, folder: RunFolder, show: Call
 def _command(p: config.Run, logs: Path, worker: list[str]) -> list[str]:
     if _alone(p):
         return [sys.executable, *worker]
-    count, port, file = str(p.hardware.processes), str(_free_port()), p.hardware.accelerate_config
+    count, file = str(p.hardware.processes), p.hardware.accelerate_config
     if not file and (p.hardware.device == "cpu" or not runs.gpus()):  # accelerate's --cpu starts one process
-        options = ["--nproc-per-node", count, "--master-addr", "127.0.0.1", "--master-port", port]
-        return [sys.executable, "-m", "torch.distributed.run", *options, "--tee", "3", "--log-dir", str(logs), *worker]
+        options = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
+        options += ["--nproc-per-node", count, "--tee", "3", "--log-dir", str(logs)]
+        return [sys.executable, "-m", "torch.distributed.run", *options, *worker]
     options = ["--num_processes", count, "--tee", "3", "--log_dir", str(logs)]
     if file:  # machines, their addresses and ports, FSDP: all in the file
         options += ["--config_file", str(config.locate(file))]
-    else:
-        options += ["--multi_gpu", "--num_machines", "1", "--main_process_port", port]
+    else:  # port 0: a free one
+        options += ["--multi_gpu", "--num_machines", "1", "--main_process_port", "0"]
         options += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     return [sys.executable, "-m", "accelerate.commands.launch", *options, *worker]
 
@@ -168,12 +168,6 @@ def _command(p: config.Run, logs: Path, worker: list[str]) -> list[str]:
 def _alone(p: config.Run) -> bool:
     """Whether one plain process does it, so that a kernel can be that process."""
     return p.hardware.processes == 1 and not p.hardware.accelerate_config
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _first_failure(logs: Path, code: int) -> str:
