@@ -91,9 +91,9 @@ def of_arm(study: config.Study, name: str) -> ArmResult:
     """One arm of a study. Raises: ValueError if seeds were tested on different questions."""
     base, arm = study.base_run(), study.arms[name]
     runs = {seed: study.run(name, seed) for seed in study.seeds}
-    run, group = next(iter(runs.values())), base.riel.rollouts_per_expert
-    asked = base.riel.steps * base.riel.questions_per_step
-    return _read(ArmResult(name, arm.label, run, base.experts.panel, group, STAGES[arm.last_stage], asked), runs)
+    run, asked = runs[study.seeds[0]], base.riel.steps * base.riel.questions_per_step
+    last, group = STAGES[arm.last_stage], base.riel.rollouts_per_expert
+    return _read(ArmResult(name, arm.label, run, base.experts.panel, group, last, asked), runs)
 
 
 def of_run(p: config.Run) -> ArmResult:

@@ -50,9 +50,8 @@ def execute(job: graph.Job, jobs: dict[str, graph.Job]) -> None:
                 folder.set_status("failed", str(error) if isinstance(error, JobFailed) else other)
                 raise
             seconds = round(time.monotonic() - started, 1)
-            folder.write_manifest(
-                job=job.name, notebook=job.notebook, parameters=job.parameters, parents=job.parents, wall_s=seconds
-            )
+            made = {"notebook": job.notebook, "parameters": job.parameters, "parents": job.parents}
+            folder.write_manifest(job=job.name, **made, wall_s=seconds)
             after = job.parts()["inputs"]
             parts["inputs"] |= {name: after[name] for name in job.adds_to if name in after}
             folder.set_status("done", f"ran in {seconds:g} s", parts=parts)
@@ -79,12 +78,9 @@ def _run_notebook(job: graph.Job, folder: RunFolder) -> None:
     lines = _Lines(job)
 
     def failure(cell: int, what: str) -> JobFailed:
-        last = "".join(f"\n    {line}" for line in lines.last)
-        return JobFailed(
-            f"cell {cell + 1} of {job.notebook}: {what}"
-            + (f"\n  its last lines:{last}" if last else "")
-            + f"\n  see {config.label_of(job.executed)}; mend the cause and run the same command again"
-        )
+        last = "".join(["\n  its last lines:"] * bool(lines.last) + [f"\n    {line}" for line in lines.last])
+        see = f"see {config.label_of(job.executed)}; mend the cause and run the same command again"
+        return JobFailed(f"cell {cell + 1} of {job.notebook}: {what}{last}\n  {see}")
 
     try:
         # Sockets in a folder of its own: jobs that start at the same time could draw the same free TCP port.
@@ -112,10 +108,10 @@ def _run_notebook(job: graph.Job, folder: RunFolder) -> None:
         died = f"the kernel died: out of memory, or killed; its own words are in {folder.path / 'kernel.log'}"
         what = died if isinstance(error, DeadKernelError) else str(error).splitlines()[0]
         raise failure(started[-1] if started else 0, what) from error
-    for number, cell in enumerate(notebook.cells):
-        for output in cell.get("outputs", []):
-            if output["output_type"] == "error":  # SystemExit, which papermill lets pass
-                raise failure(number, f"{output['ename']}: {output['evalue']}")
+    outputs = [(number, output) for number, cell in enumerate(notebook.cells) for output in cell.get("outputs", [])]
+    for number, output in outputs:
+        if output["output_type"] == "error":  # SystemExit, which papermill lets pass
+            raise failure(number, f"{output['ename']}: {output['evalue']}")
     size = job.executed.stat().st_size / 1e6
     if size > LARGEST_NOTEBOOK_MB:
         _say(job, f"note: {config.label_of(job.executed)} has {size:.1f} MB, more than {LARGEST_NOTEBOOK_MB:g}")

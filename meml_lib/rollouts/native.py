@@ -54,18 +54,16 @@ def sample(
     rollouts: list[Rollout | None] = [None] * len(prompts)
     for start in range(0, len(prompts), rows_per_batch):
         rows = by_length[start : start + rows_per_batch]
-        batch = _sample_batch(
-            model, [tuple(prompts[n]) for n in rows], uniform_NT[rows], tuple(end_ids), max_answer_tokens, temperature, top_p
-        )
+        batch = _sample_batch(model, [tuple(prompts[n]) for n in rows], uniform_NT[rows], end_ids, temperature, top_p)
         for n, rollout in zip(rows, batch, strict=True):
             rollouts[n] = rollout
     return rollouts
 
 
-def _sample_batch(model, prompts, uniform_NT, end_ids, max_answer_tokens, temperature, top_p) -> list[Rollout]:
-    device = model.device
+def _sample_batch(model, prompts, uniform_NT, end_ids, temperature, top_p) -> list[Rollout]:
+    device, (rows, max_answer_tokens) = model.device, uniform_NT.shape
     uniform_NT = torch.from_numpy(uniform_NT).to(device)
-    ends = torch.tensor(end_ids, device=device)
+    ends = torch.tensor(tuple(end_ids), device=device)
     unique = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     prompt_of_row_N = torch.tensor([unique[prompt] for prompt in prompts], device=device)
 
@@ -75,7 +73,6 @@ def _sample_batch(model, prompts, uniform_NT, end_ids, max_answer_tokens, temper
     mask_NT = torch.nn.functional.pad(prompt_mask_PT[prompt_of_row_N], (0, max_answer_tokens), value=1)
     position_N = prompt_mask_PT.sum(-1)[prompt_of_row_N]
 
-    rows = len(prompts)
     token_NT = torch.zeros(rows, max_answer_tokens, dtype=torch.long, device=device)
     logp_NT, entropy_NT = torch.zeros(2, rows, max_answer_tokens, device=device)
     length_N = torch.full((rows,), max_answer_tokens, device=device)

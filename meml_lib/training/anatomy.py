@@ -51,9 +51,8 @@ def preview(p: config.Run, *, questions: int = 4) -> Preview:
 
     sections = [(f"Question {question.id}, gold answer {question.gold}", f"<p>{html.escape(question.text)}</p>")]
     for e, expert in enumerate(panel):
-        first = rows[e * group]
+        first, right = rows[e * group], int(rewards_BEG[shown, e].sum())
         verdict = {True: "right", False: "wrong", None: "unreadable"}[first["correct"]]
-        right = sum(row["correct"] is True for row in rows[e * group : (e + 1) * group])
         body = (
             f"<b>prompt</b>{_pre(learned.tokenizer.decode(asked.prompts_BE[shown][e]))}"
             f"<b>first rollout</b>, read as {html.escape(str(first['answer']))}: {verdict}{_pre(first['text'])}"
@@ -66,8 +65,7 @@ def preview(p: config.Run, *, questions: int = 4) -> Preview:
         prompt = asked.prompts_BE[shown][int(experts_B[1][shown])]
         gold = [policy.Row(prompt, learned.answer_ids(question.rationale))]
         parts.append(losses.buffer_sft(objective.buffer_sft, gold))
-    for part in parts:
-        sections.append(_one_row(learned, part))
+    sections += [_one_row(learned, part) for part in parts]
     legend = " ".join(f'<span style="background:{colour}">{name}</span>' for name, colour in _COLOURS.items())
     sections.append(("Colours", f"{legend}: only answer and end tokens count in a loss"))
     return Preview(rows, sections)

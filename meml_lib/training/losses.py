@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from meml_lib.rollouts import Rollout
 from meml_lib.schema import BufferSftParams, Divisor, GrpoParams, MutualParams, ObjectiveParams
@@ -169,13 +170,6 @@ def nll(policy: Policy, model: torch.nn.Module, rows: Sequence[WeighedRow], weig
     return weighted_nll(*policy.score([r.row for r in rows], model=model), weight_N)
 
 
-def _best_from_rollouts(rows: Sequence[WeighedRow], like_NT: Tensor) -> Tensor:
-    best_NT = torch.zeros_like(like_NT)
-    for n, r in enumerate(rows):
-        best_NT[n, : len(r.best_logp)] = torch.tensor(r.best_logp)
-    return best_NT
-
-
 def _best_rows(rows: Sequence[WeighedRow]) -> list[Row]:
     return [Row(r.best_prompt, r.row.answer) for r in rows]
 
@@ -185,7 +179,8 @@ def _against_rollouts(loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) 
 
     def formula(policy, model, rows, weight_N):
         logp_NT, mask_NT = policy.score([r.row for r in rows], model=model)
-        return loss(logp_NT, _best_from_rollouts(rows, logp_NT), mask_NT, weight_N)
+        best_NT = pad_sequence([logp_NT.new_tensor(r.best_logp) for r in rows], batch_first=True)
+        return loss(logp_NT, best_NT, mask_NT, weight_N)
 
     return formula
 
