@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from meml_lib.config import Run
-    from meml_lib.training.anatomy import Preview
-    from meml_lib.training.riel import Step
+from typing import Any
 
 
-def preview(p: Run) -> Preview:
-    """See `anatomy.preview`; torch is imported only here."""
+def __getattr__(name: str) -> Any:
+    """`preview` and `steps` of `anatomy`, for notebooks; torch is imported only when they are asked for."""
+    if name not in ("preview", "steps"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from meml_lib.training import anatomy
 
-    return anatomy.preview(p)
-
-
-def steps(p: Run, *, questions_per_step: int) -> Iterator[Step]:
-    """See `anatomy.steps`."""
-    from meml_lib.training import anatomy
-
-    return anatomy.steps(p, questions_per_step=questions_per_step)
+    return getattr(anatomy, name)

@@ -39,11 +39,12 @@ class Learner:
         self.policy, self.accelerator, self.params = policy, accelerator, params
         self.max_answer_tokens, self.micro_batch_tokens = max_answer_tokens, micro_batch_tokens
         self.model = accelerator.prepare_model(policy.model)
-        self._named = [(n, p) for n, p in policy.model.named_parameters() if p.requires_grad]
+        named = [(n, p) for n, p in policy.model.named_parameters() if p.requires_grad]
         # A bfloat16 weight keeps 8 bits: an update of 1e-5 on a weight of 0.05 would round away. The optimiser
         # therefore works on float32 copies, which are rounded into the weights after each step.
-        self._masters = [p.detach().float() if p.dtype != torch.float32 else p for _, p in self._named]
-        self._optimizers = _optimizers(params, [n for n, _ in self._named], self._masters)
+        self._masters = [p.detach().float() if p.dtype != torch.float32 else p for _, p in named]
+        self._copies = [(p, m) for (_, p), m in zip(named, self._masters, strict=True) if m is not p]
+        self._optimizers = _optimizers(params, [n for n, _ in named], self._masters)
         self._steps, self._done = steps, 0
 
     @property
@@ -118,11 +119,9 @@ class Learner:
         return (gathered.sum(0) if how == "sum" else gathered.amax(0)).tolist()
 
     def _step(self) -> float:
-        parameters = [p for _, p in self._named]
-        for parameter, master in zip(parameters, self._masters, strict=True):
-            if master is not parameter:
-                master.grad = None if parameter.grad is None else parameter.grad.float()
-                parameter.grad = None
+        for parameter, copy in self._copies:
+            copy.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
         limit = self.params.max_grad_norm
         grad_norm = torch.nn.utils.clip_grad_norm_(self._masters, float("inf") if limit is None else limit).item()
         if not math.isfinite(grad_norm):
@@ -133,9 +132,8 @@ class Learner:
             optimizer.step()
             optimizer.zero_grad()
         with torch.no_grad():
-            for parameter, master in zip(parameters, self._masters, strict=True):
-                if master is not parameter:
-                    parameter.copy_(master)
+            for parameter, copy in self._copies:
+                parameter.copy_(copy)
         return grad_norm
 
 
