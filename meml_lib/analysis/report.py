@@ -52,19 +52,22 @@ def compare(p: config.Run, paper: str = "table-4", teachers: pd.DataFrame | None
 
 def run_tables(p: config.Run) -> dict[str, pd.DataFrame]:
     """One run's measures after each stage that is done, and how its stage 2 trained: as `tables` of a study."""
-    arm, stage2 = measures.of_run(p), RunFolder(p.folder("riel"))
-    facts = {"stage": STAGES["riel"], "name": arm.arm, "label": arm.label, "seed": p.seed, "state": "done"}
-    facts |= {"training": _training(stage2.read_metrics()) if stage2.status["state"] == "done" else None}
-    head = {"seeds": [p.seed], "arms": [_arm(arm, arm.arm, {})], "scores": arm.scores()}
-    return readable.measured(_plain({**head, "stages": [facts]}))
+    return readable.measured(_of_run(p))
 
 
 def run_picture(p: config.Run) -> figures.Picture:
     """Accuracy of each expert of one run, before and after stage 2."""
-    arm = measures.of_run(p)
-    scores = _each_expert({"arms": [_arm(arm, arm.arm, {})], "scores": arm.scores()})
+    scores = _each_expert(_of_run(p))
     note = f"n = {scores['n_questions'].max():g} test questions, one seed; 95 % intervals (questions random)"
     return figures.before_after(scores, order=list(p.experts.known), note=note)
+
+
+def _of_run(p: config.Run) -> dict[str, Any]:
+    """What `gather` finds of a study, as far as one run has it."""
+    arm, stage2 = measures.of_run(p), RunFolder(p.folder("riel"))
+    trained = _training(stage2.read_metrics()) if stage2.status["state"] == "done" else None
+    stage = {"stage": STAGES["riel"], "name": arm.arm, "label": arm.label, "state": "done", "training": trained}
+    return _plain({"seeds": [p.seed], "arms": [_arm(arm, arm.arm, {})], "scores": arm.scores(), "stages": [stage]})
 
 
 # --- the numbers of a study -------------------------------------------------------------------------------------------
@@ -77,10 +80,11 @@ def gather(study: config.Study) -> dict[str, Any]:
     """
     found = [measures.of_arm(study, name) for name in study.arms]
     results = sorted(found, key=lambda result: max(claims.tables_of(result), default="table-9"))
-    order = [result.arm for result in results]
-    speaks = {arm: _speaker(study, arms) for arms in study.stage1_groups().values() for arm in arms}
+    speaks: dict[str, str] = {}  # arm -> where the scores of its stage 1 stand: under an arm that ends there, if any
+    for arms in study.stage1_groups().values():
+        speaks |= dict.fromkeys(arms, max(arms, key=lambda arm: study.arms[arm].last_stage == "mef"))
     fullest, base, here = _fullest(results), study.base_run(), runs.provenance()
-    teachers = [_teachers(panel, folder.read_table("teacher_answers")) for panel, folder in _answered(study)]
+    teachers = [_teachers(panel, folder.read_table("teacher_answers")) for panel, _, folder in _answered(study)]
     scores = [score for result in results for score in result.scores()]
     data = {
         "title": study.title,
@@ -100,7 +104,7 @@ def gather(study: config.Study) -> dict[str, Any]:
         "example": _example(results, study),
         "paper": [row for table in claims.values()["tables"] for row in claims.rows(table, results, teachers)],
         "settings": {"arm": fullest.label, "rows": claims.settings(fullest.run)},
-        "stages": [_stage(study, *place) for place in _stages(study, order)],
+        "stages": [_stage(study, *place) for place in _stages(study, [result.arm for result in results])],
     }
     machines: list[dict[str, Any]] = []
     for stage in data["stages"]:
@@ -109,11 +113,6 @@ def gather(study: config.Study) -> dict[str, Any]:
             machines.append(machine)
         stage["machine"] = machines.index(machine) if machine in machines else None
     return _plain(data | {"machines": machines})
-
-
-def _speaker(study: config.Study, arms: Sequence[str]) -> str:
-    """The arm under which the scores of a shared stage 1 stand: one that ends there, if any does."""
-    return max(arms, key=lambda arm: study.arms[arm].last_stage == "mef")
 
 
 def _arm(result: ArmResult, stage1: str, differs: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,11 +197,10 @@ def _stage1_folders(study: config.Study, table: str) -> Iterator[tuple[list[str]
                 yield list(run.experts.panel), seed, folder
 
 
-def _answered(study: config.Study) -> list[tuple[list[str], RunFolder]]:
-    """Each panel, and the folder of its first seed with the teachers' answers: the same for every seed."""
+def _answered(study: config.Study) -> list[tuple[list[str], int, RunFolder]]:
+    """As _stage1_folders, of the first seed: the teachers' answers are the same for every seed."""
     groups = groupby(_stage1_folders(study, "teacher_answers"), lambda found: found[2].path.parents[1])
-    firsts = [next(of_group) for _, of_group in groups]
-    return [(panel, folder) for panel, _, folder in firsts]
+    return [next(of_group) for _, of_group in groups]
 
 
 def _teachers(panel: Sequence[str], answers: pd.DataFrame) -> dict[str, Any]:
@@ -324,7 +322,7 @@ def _pictures(study: config.Study, data: Mapping[str, Any]) -> Pictures:
         found["rewards"] = f"Training reward and all-wrong groups{some}", figures.rewards(metrics, order=lines)
     answered = max(_answered(study), key=lambda found: len(found[0]), default=None)
     if answered:
-        answers = overlap.answered_by_all(answered[1].read_table("teacher_answers"))
+        answers = overlap.answered_by_all(answered[2].read_table("teacher_answers"))
         picture = figures.error_overlap(answers, title="Teachers, training questions")
         found["teachers-overlap"] = "Error overlap of the teachers", picture
         picture = figures.coverage(answers, order=experts)
