@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
@@ -20,7 +21,7 @@ import yaml
 from faulty_server import FaultyServer
 from typer.testing import CliRunner
 
-from meml_lib import config, runs, tasks
+from meml_lib import config, runs, schema, tasks
 from meml_lib.cli import app
 from meml_lib.experts import collect, store
 
@@ -272,6 +273,32 @@ def test_a_request_starts_only_if_its_longest_answer_fits(world, unit, bound, on
     with FaultyServer() as server:
         world.run(server.url, questions=60, teachers=PRICED, budget={unit: bound})
         assert server.log == []
+
+
+def test_a_budget_of_money_ends_though_sums_of_it_are_rounded():
+    """0.1 + 0.2 - 0.1 - 0.2 is above 0: with nothing under way, nobody would ever wake what waits."""
+
+    async def spend():
+        budget = collect._Budget(schema.BudgetParams(requests=None, tokens=None, money=0.35), Counter())
+        needs = [Counter(requests=1, money=0.1), Counter(requests=1, money=0.2)]
+        for need in needs:
+            await budget.hold(need)
+        waiting = asyncio.create_task(budget.hold(Counter(requests=1, money=0.36)))
+        for need in needs:
+            await asyncio.sleep(0)
+            assert not waiting.done()
+            budget.settle(need, Counter(requests=1, money=0.01))
+        with pytest.raises(collect._BudgetReached, match="money"):
+            await asyncio.wait_for(waiting, 10)
+
+    asyncio.run(spend())
+
+
+def test_a_limit_in_extra_counts_in_what_a_request_spends_at_most(world):
+    larger = {"a": {"extra": {"max_tokens": 900}}}
+    with FaultyServer() as server:
+        done = world.run(server.url, questions=2, teachers=larger, budget={"tokens": 700})
+        assert server.log == [] and "the budget of tokens is reached" in str(done)
 
 
 def test_money_needs_the_price_of_every_asked_teacher(world):
@@ -542,6 +569,18 @@ def test_a_line_says_how_far_how_fast_what_it_costs_and_how_long_it_will_take(wo
         world.run(server.url, questions=16, teachers=PRICED, concurrency=4)
     line = re.search(r"collect 8/16, [\d.]+/s, cost 0.0048, about 0.0096 in all, \d+ s left", capsys.readouterr().out)
     assert line
+
+
+def test_what_is_said_goes_through_no_counter_that_another_thread_changes(world):
+    class Changing(Counter):
+        def items(self):
+            raise RuntimeError("dictionary changed size during iteration")
+
+    p = config.load_run(world.write("http://127.0.0.1:1/v1"))
+    teacher = collect._Teacher("a", p.experts.known["a"].teacher, asked=4, new=2, spent=Changing(tokens=30))
+    collecting = collect._Collecting(p, [], [])
+    collecting.teachers = [teacher]
+    assert collecting.standing() == "30 tokens, about 60 tokens in all"
 
 
 def test_a_person_sees_a_bar(world, monkeypatch, capsys):

@@ -125,7 +125,8 @@ class _Request(NamedTuple):
         """What it spends at most: a token of the prompt is at least a byte of it."""
         body = self.body
         prompt = 64 + sum(len(message["content"].encode()) for message in body["messages"])
-        answer = max(self.teacher.params.max_answer_tokens, body.get("max_completion_tokens", 0))
+        limits = (body.get(name, 0) for name in ("max_tokens", "max_completion_tokens"))  # `extra` may set both
+        answer = max(self.teacher.params.max_answer_tokens, *limits)
         return Counter(requests=1, tokens=prompt + answer, money=self.teacher.cost(prompt, answer) or 0)
 
 
@@ -139,7 +140,7 @@ class _Budget:
     def __init__(self, bounds: schema.BudgetParams, spent: Counter[str]):
         self.bounds = {name: most for name, most in bounds if most is not None}
         self.spent, self.held, self.reached = spent, Counter(), None
-        self._freed = asyncio.Condition()
+        self._freed = asyncio.Event()
 
     def _short(self, need: Counter[str]) -> str | None:
         total = self.spent + self.held + need
@@ -147,14 +148,14 @@ class _Budget:
 
     async def hold(self, need: Counter[str]) -> None:
         """Wait until `need` fits. Raises: _BudgetReached if it does not fit with nothing under way."""
-        async with self._freed:
-            while short := self._short(need):
-                if self.reached or not +self.held:
-                    self.reached = self.reached or short
-                    self._freed.notify_all()
-                    raise _BudgetReached(short)
-                await self._freed.wait()
-            self.held += need
+        while short := self._short(need):
+            if self.reached or not self.held["requests"]:  # of money, rounding may be left
+                self.reached = self.reached or short
+                self._freed.set()
+                raise _BudgetReached(short)
+            self._freed.clear()
+            await self._freed.wait()
+        self.held += need
 
     def hold_retry(self) -> None:
         """Raises: _BudgetReached; a retry does not wait."""
@@ -163,11 +164,11 @@ class _Budget:
             raise _BudgetReached(short)
         self.held["requests"] += 1
 
-    async def settle(self, held: Counter[str], spent: Counter[str]) -> None:
-        async with self._freed:
-            self.held -= held
-            self.spent += spent
-            self._freed.notify_all()
+    def settle(self, held: Counter[str], spent: Counter[str]) -> None:
+        """Nothing is awaited: an interruption could lose the answer that was paid for."""
+        self.held -= held
+        self.spent += spent
+        self._freed.set()
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {self.spent[name]:,.10g} of {most:,.10g}" for name, most in self.bounds.items())
@@ -391,7 +392,7 @@ class _Collecting:
             finally:
                 record["requests"] = call.sent
                 request.teacher.spent += (spent := _spending(record))
-                await self._budget.settle(most + Counter(requests=max(0, call.sent - 1)), spent)
+                self._budget.settle(most + Counter(requests=max(0, call.sent - 1)), spent)
             if call.sent:
                 where = {"question_id": request.question.id, "expert": request.teacher.expert, "sample": request.sample}
                 where["asked"] = fingerprint(request.teacher.params, request.question.text)
@@ -481,9 +482,8 @@ class _Collecting:
 
     def standing(self) -> str:
         """Cost so far and projected; without prices, tokens."""
-        now, new = Counter(), sum(teacher.new for teacher in self.teachers)
-        for teacher in self.teachers:
-            now += teacher.spent
+        new = sum(teacher.new for teacher in self.teachers)
+        now = {unit: sum(teacher.spent[unit] for teacher in self.teachers) for unit in ("money", "tokens")}
         unit = "money" if now["money"] else "tokens"
         whole = now[unit] * (1 + (self.total - self.done) / new) if new else 0
         figures = [f"{value:.4g}" if unit == "money" else f"{value:,.0f} tokens" for value in (now[unit], whole)]
