@@ -55,6 +55,12 @@ def test_columns_may_be_templates_over_the_row_and_null_is_empty(task, jsonl):
     assert experts.teacher_answers(task, [expert(jsonl(row("q0", None)))])["text"].tolist() == [""]
 
 
+@pytest.mark.parametrize("column", ["text", "{text}"])
+def test_nan_is_empty_as_null_is(task, jsonl, column):
+    file = jsonl(row("q0", float("nan")), row("q1", [7]))  # json.dumps writes NaN
+    assert experts.teacher_answers(task, [expert(file, columns={"text": column})])["text"].tolist() == ["", "[7]"]
+
+
 def test_a_question_is_found_by_its_text_whatever_its_case_and_spaces(task, jsonl):
     file = jsonl({"asked": "  what is\n3 + 4? ", "text": "7"}, {"asked": "What is 3 + 5?", "text": "8"})
     panel = [expert(file, columns={"question_id": None, "question": "asked"})]

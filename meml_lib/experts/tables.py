@@ -122,7 +122,7 @@ def _read(task: Task, teacher: schema.TableTeacher) -> Iterator[_Row]:
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             what = f"columns.{name}={spec!r} does not fit row {n + 1}, which has {list(rows[n])}"
             raise ValueError(f"{file}: {what} ({type(error).__name__}: {error})") from error
-        return "" if value is None else str(value)
+        return _shown(value)
 
     for n in own:
         asked = cell(n, "question" if by_text else "question_id")
@@ -132,11 +132,16 @@ def _read(task: Task, teacher: schema.TableTeacher) -> Iterator[_Row]:
         yield _Row(known.get(plain(asked) if by_text else asked, ()), asked, Given(text, thought.strip(), ended))
 
 
+def _shown(value: Any, spec: str = "") -> str:
+    """A cell as text; null is empty, and so is NaN, as which pandas writes it."""
+    return "" if value is None or value != value else format(value, spec)
+
+
 class _Template(string.Formatter):
-    """str.format over a row, in which null is empty."""
+    """str.format over a row."""
 
     def format_field(self, value: Any, spec: str) -> str:
-        return "" if value is None else super().format_field(value, spec)
+        return _shown(value, spec)
 
 
 _TEMPLATE = _Template()

@@ -120,7 +120,8 @@ def number(text: str, *, marked: bool = False) -> str | None:
     stated = _stated(text, marked)
     if stated is not None:
         found = _NUMBER.search(stated.rsplit("=", 1)[-1])
-        return None if found is None else _exact(found)
+        refused = found and _REFUSED.search(stated.partition(found[0])[0])  # "cannot be determined from 3 facts"
+        return _exact(found) if found and not refused else None
     return None if marked else _concluded(text.rstrip())
 
 
