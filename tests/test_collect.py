@@ -178,6 +178,7 @@ def test_what_finally_fails_is_counted_by_kind_not_stored_and_asked_again(world)
         assert sorted(done.table.loc[0, "failed"].split(", ")) == sorted(failed.split(", "))
         assert done.table.loc[0, "requests"] == 15  # 6 x 2 + 3: what is broken for good is not retried
         assert "HTTP 400: Error code: 400 - no: Bearer none" in str(done) and "bad reply: " in str(done)
+        assert world.store.read_bytes() == b""  # a failure changes no input of a result
         again = world.run(server.url, questions=9)
     assert again.missing == 0 and world.answers() == right(world)
     assert again.table.loc[0, "new"] == 9

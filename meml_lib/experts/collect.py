@@ -31,6 +31,7 @@ from contextlib import AsyncExitStack, ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import httpx2
@@ -39,7 +40,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from meml_lib import config, runs, schema, tasks
 from meml_lib.experts import tables
-from meml_lib.experts.store import Store, accepted, asked_name, fingerprint, lines, stored, values
+from meml_lib.experts.store import Store, accepted, asked_name, failures, fingerprint, lines, stored, values
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -287,11 +288,11 @@ class _Collecting:
         asked = {(t.expert, q.id): fingerprint(t.params, q.text) for t in self.teachers for q in self.questions}
         otherwise: dict[tuple[str, str, int], str] = {}
         for path in dict.fromkeys(teacher.params.path for teacher in self.teachers):
-            for record in lines(path):
+            for record in chain(lines(path), lines(failures(path))):
                 self._spent_before += _spending(record)
                 key = record["expert"], record["question_id"], record["sample"]
                 teacher = named.get(key[0])
-                if key[:2] not in asked or teacher.params.path != path or "text" not in record:
+                if key[:2] not in asked or teacher.params.path != path or "failed" in record:
                     continue
                 if record["asked"] == asked[key[:2]]:
                     self._there |= {key} if accepted(teacher.params, record) else set()
@@ -325,7 +326,8 @@ class _Collecting:
 
     def open_stores(self, stack: ExitStack) -> None:
         """For as long as the stack lives."""
-        for path in dict.fromkeys(teacher.params.path for teacher in self.teachers):
+        paths = (teacher.params.path for teacher in self.teachers)
+        for path in dict.fromkeys(file for path in paths for file in (path, failures(path))):
             self._stores[path] = store = Store(config.locate(path))
             stack.callback(store.close)
             if store.torn:
@@ -397,7 +399,8 @@ class _Collecting:
                 where = {"question_id": request.question.id, "expert": request.teacher.expert, "sample": request.sample}
                 where["asked"] = fingerprint(request.teacher.params, request.question.text)
                 line = json.dumps(where | record, ensure_ascii=False)
-                await self._stores[request.teacher.params.path].append(self.clean(line))
+                path = request.teacher.params.path
+                await self._stores[failures(path) if "failed" in record else path].append(self.clean(line))
                 self._count(request.teacher, record)
 
     async def _ask(self, request: _Request) -> dict[str, Any]:

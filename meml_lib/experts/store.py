@@ -2,7 +2,7 @@
 
 A line holds question_id, expert, sample, asked, text, reasoning, ended, finish_reason, model, prompt_tokens,
 answer_tokens, cost, seconds, at; `values`, what it was asked with; `requests`, the HTTP requests that it took. A request
-that failed for good leaves a line too, without `text`: what it spent counts in the budget, and it is no answer.
+that failed for good leaves its line in `failures`: what it spent counts in the budget, and no result depends on it.
 """
 
 from __future__ import annotations
@@ -26,11 +26,16 @@ def stored(path: str) -> list[dict[str, Any]]:
 
     Raises: ValueError naming the line that is no record.
     """
-    return [record for record in lines(path) if "text" in record]
+    return list(lines(path))
+
+
+def failures(path: str) -> str:
+    """The file beside a store that holds what failed."""
+    return f"{config.locate(path)}.failed"
 
 
 def lines(path: str) -> Iterator[dict[str, Any]]:
-    """All records of a store, failures included, one at a time. Raises: as `stored`."""
+    """The records of a store or of its failures, one at a time. Raises: as `stored`."""
     file = config.locate(path)
     if not file.is_file():
         return
