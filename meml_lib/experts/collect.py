@@ -31,7 +31,7 @@ from contextlib import AsyncExitStack, ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from itertools import chain
+from itertools import chain, product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import httpx2
@@ -79,7 +79,7 @@ class _Teacher:
 
     expert: str
     params: schema.ApiTeacher
-    key: str | None = None
+    key: str | None = field(default=None, repr=False)
     asked: int = 0
     """Answers that are wanted, those stored before included."""
     before: int = 0
@@ -275,7 +275,7 @@ class _Collecting:
         self._task: tuple[asyncio.AbstractEventLoop, asyncio.Task] | None = None
         self._cancelled = False
         self._there: set[tuple[str, str, int]] = set()
-        self._stores: dict[str, Store] = {}
+        self._stores: dict[tuple[str, bool], Store] = {}
         self._clients: dict[tuple[str, str | None], openai.AsyncOpenAI] = {}
         self._spent_before = Counter()
         self._look()
@@ -326,9 +326,9 @@ class _Collecting:
 
     def open_stores(self, stack: ExitStack) -> None:
         """For as long as the stack lives."""
-        paths = (teacher.params.path for teacher in self.teachers)
-        for path in dict.fromkeys(file for path in paths for file in (path, failures(path))):
-            self._stores[path] = store = Store(config.locate(path))
+        paths = dict.fromkeys(teacher.params.path for teacher in self.teachers)
+        for path, failed in product(paths, (False, True)):
+            self._stores[path, failed] = store = Store(config.locate(failures(path) if failed else path))
             stack.callback(store.close)
             if store.torn:
                 print(f"{path}: its last line was torn ({store.torn} bytes); it is cut off, and asked again")
@@ -399,8 +399,7 @@ class _Collecting:
                 where = {"question_id": request.question.id, "expert": request.teacher.expert, "sample": request.sample}
                 where["asked"] = fingerprint(request.teacher.params, request.question.text)
                 line = json.dumps(where | record, ensure_ascii=False)
-                path = request.teacher.params.path
-                await self._stores[failures(path) if "failed" in record else path].append(self.clean(line))
+                await self._stores[request.teacher.params.path, "failed" in record].append(self.clean(line))
                 self._count(request.teacher, record)
 
     async def _ask(self, request: _Request) -> dict[str, Any]:
