@@ -41,12 +41,14 @@ class Witness:
 
     def __init__(self, port: int):
         self._to, self.log, self.passed = port, [], 0
+        self._tasks: set[asyncio.Task] = set()  # else a task whose client was killed is collected, with a warning
         self._loop = asyncio.new_event_loop()
         server = self._loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
 
     async def _serve(self, reader, writer):
+        self._tasks.add(asyncio.current_task())
         try:
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
