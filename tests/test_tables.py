@@ -52,6 +52,8 @@ def test_columns_may_be_templates_over_the_row_and_null_is_empty(task, jsonl):
     table = experts.teacher_answers(task, panel)
     assert table[["question_id", "text"]].values.tolist() == [["q0", "It is 8."], ["q1", ""]]
     assert table["correct"].tolist() == [True, pd.NA] and experts.imported(task, panel)["empty"].item() == 1
+    panel = [expert(jsonl({"number": 0, "gpt": {"says": ["8"]}}, {"number": 1, "gpt": None}), columns=columns)]
+    assert experts.teacher_answers(task, panel)["text"].tolist() == ["8", ""]
     assert experts.teacher_answers(task, [expert(jsonl(row("q0", None)))])["text"].tolist() == [""]
 
 

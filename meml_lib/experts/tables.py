@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import string
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -138,7 +139,11 @@ def _shown(value: Any, spec: str = "") -> str:
 
 
 class _Template(string.Formatter):
-    """str.format over a row."""
+    """str.format over a row, in which what is null holds nothing."""
+
+    def get_field(self, name: str, args: Sequence, row: Mapping[str, Any]) -> tuple[Any, str]:
+        null = row.get(re.split(r"[.[]", name)[0], "") is None
+        return (None, name) if null else super().get_field(name, args, row)
 
     def format_field(self, value: Any, spec: str) -> str:
         return _shown(value, spec)
