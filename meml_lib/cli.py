@@ -119,7 +119,7 @@ def collect(file: File, set_: Set = None) -> None:
 
     Ends with 0 when all answers are stored, 1 when some are missing (a budget, a failure), 2 for a value of no use.
     """
-    from meml_lib import config
+    from meml_lib import config, runs
     from meml_lib.pipeline import processes
 
     with _plain_errors():
@@ -131,7 +131,9 @@ def collect(file: File, set_: Set = None) -> None:
 
             try:
                 result = collect.run(run)
-            except (OSError, ValueError) as error:  # no key, a broken store, no questions
+            except runs.InUse:
+                raise
+            except (OSError, ValueError, RuntimeError) as error:  # no key, a broken store, no questions, no hub
                 typer.echo(str(error), err=True)
                 raise typer.Exit(2) from error
             typer.echo(str(result))

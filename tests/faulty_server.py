@@ -18,7 +18,7 @@ class FaultyServer:
     """Answers "#### LENGTH" (the question's length in characters) unless the question's script says otherwise.
 
     script: question -> what its requests meet, one after another, then answers: a status (429 comes with Retry-After: 1), or
-    drop, half, json, no choice, silence, trickle; answers of another kind: length, empty, no usage, think, reasoning, echo,
+    drop, half, json, no choice, silence, trickle; answers of another kind: length, empty, no usage, null usage, think, reasoning, echo,
     "model NAME". `always` is met by every request instead. log: one dict a request, in the order of arrival.
     """
 
@@ -116,6 +116,8 @@ class FaultyServer:
             message["content"] = None
         elif met == "no usage":
             del reply["usage"]
+        elif met == "null usage":
+            reply["usage"] = {"prompt_tokens": None, "completion_tokens": None}
         elif met == "think":
             message["content"] = f"<think>\nlet me count\n</think>\n\n{message['content']}"
         elif met == "reasoning":

@@ -137,16 +137,17 @@ def test_null_in_extra_takes_a_field_out_of_the_request(world):
 
 
 def test_reasoning_is_kept_apart_from_the_answer_and_a_cut_or_empty_answer_is_kept(world):
-    kinds = ("think", "reasoning", "length", "empty", "answer", "no usage")
-    questions = [f"What is {n} and {n}?" for n in range(6)]
+    kinds = ("think", "reasoning", "length", "empty", "answer", "no usage", "null usage")
+    questions = [f"What is {n} and {n}?" for n in range(7)]
     with FaultyServer({q: [kind] for q, kind in zip(questions, kinds, strict=True)}) as server:
-        assert world.run(server.url).missing == 0
+        assert world.run(server.url, questions=7).missing == 0
     by_kind = dict(zip(kinds, sorted(collect.stored(str(world.store)), key=lambda r: r["question_id"]), strict=True))
     assert {by_kind[kind]["reasoning"] for kind in ("think", "reasoning")} == {"let me count"}
     assert {by_kind[kind]["text"] for kind in ("think", "reasoning", "answer")} == {"It is\n#### 16"}
     assert not by_kind["length"]["ended"] and by_kind["length"]["finish_reason"] == "length"
     assert by_kind["empty"]["text"] == "" and by_kind["empty"]["ended"]
-    assert by_kind["no usage"]["answer_tokens"] is None and by_kind["no usage"]["cost"] is None
+    for kind in ("no usage", "null usage"):
+        assert by_kind[kind]["answer_tokens"] is None and by_kind[kind]["cost"] is None
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------
@@ -347,6 +348,21 @@ def test_killed_at_random_points_nothing_stored_is_asked_again_and_nothing_is_lo
         repeated(server, there, since)
     assert world.answers() == right(world, ("a", "b")) and "all answers are stored" in out
     assert len(collect.stored(str(world.store))) == 80
+    if how is signal.SIGTERM:  # what was under way is spent, and noted
+        given_up = list(store.lines(store.failures(world.store)))
+        assert 1 <= len(given_up) <= 6 and {record["failed"] for record in given_up} == {"interrupted"}
+        assert 80 + sum(record["requests"] for record in given_up) == len(server.log)
+
+
+def test_two_spellings_of_a_path_are_one_store(world):
+    spelled = {"b": {"path": str(world.folder / "x" / ".." / "store.jsonl")}}
+    (world.folder / "x").mkdir()
+    with FaultyServer() as server:
+        world.run(server.url, experts=("a", "b"), teachers=spelled)
+        done = world.run(server.url, ["collect.budget.requests=12"], experts=("a", "b"), teachers=spelled)
+        assert len(server.log) == 12 and done.missing == 0
+        done = world.run(server.url, ["collect.budget.requests=13"], experts=("a", "b"), teachers=spelled, questions=7)
+    assert done.missing == 1  # 12 were spent, not 24: one more fits
 
 
 def repeated(server, there, since) -> int:
@@ -382,8 +398,9 @@ def test_only_what_follows_the_last_newline_is_cut(tmp_path, content):
     assert opened.torn == len(content) - content.rfind(b"\n") - 1
 
 
-def test_a_broken_line_is_an_error_that_names_its_place_and_does_not_show_it(world):
-    world.store.write_text('{"text": "a", "expert": "z", "question_id": "q"}\nsecret stuff\n')
+@pytest.mark.parametrize("line", ["secret stuff", "{}", "[1]", '{"question_id": "secret"}'])
+def test_a_broken_line_is_an_error_that_names_its_place_and_does_not_show_it(world, line):
+    world.store.write_text('{"text": "a", "expert": "z", "question_id": "q", "sample": 0, "asked": ""}\n' + line + "\n")
     with pytest.raises(ValueError, match=r"store.jsonl:2 is no record") as error:
         collect.stored(str(world.store))
     assert "secret" not in str(error.value)

@@ -278,6 +278,7 @@ def test_collecting_comes_first_and_what_it_adds_makes_only_others_stale(project
     jobs = graph.jobs(study(asked))
     waiting = {name for name, job in jobs.items() if "00_experts" in job.parents}
     assert waiting == {"01_error_overlap", "02_mef-stage1-equations+story+groups-seed-0"}
+    assert "collect.budget.money" in jobs["00_experts"].values  # a larger budget has it ask again
     assert not any("00_experts" in job.parents for job in graph.jobs(study()).values())
     project("00_experts", RUN, P, "open('store.jsonl', 'a').write('{}\\n')", TABLE.format("teacher_answers"))
     assert quick_run(asked)[0] == 0

@@ -57,6 +57,19 @@ def test_columns_may_be_templates_over_the_row_and_null_is_empty(task, jsonl):
     assert experts.teacher_answers(task, [expert(jsonl(row("q0", None)))])["text"].tolist() == [""]
 
 
+def test_whole_numbers_in_a_column_with_nulls_name_their_questions(task, tmp_path):
+    rows = pd.DataFrame({"n": [0, 1, None], "text": ["8", "7", "9"]})  # pandas keeps 0.0, 1.0, NaN
+    rows.to_parquet(tmp_path / "a.parquet")
+    panel = [expert(tmp_path / "a.parquet", columns={"question_id": "q{n}"})]
+    assert experts.teacher_answers(task, panel)["correct"].tolist() == [True, True]
+    assert experts.imported(task, panel)["unknown_question"].item() == 1
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(task, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps(row("q0", "8")) + "\n", encoding="utf-8-sig")
+    assert experts.teacher_answers(task, [expert(tmp_path / "a.jsonl")])["correct"].tolist() == [True]
+
+
 @pytest.mark.parametrize("column", ["text", "{text}"])
 def test_nan_is_empty_as_null_is(task, jsonl, column):
     file = jsonl(row("q0", float("nan")), row("q1", [7]))  # json.dumps writes NaN

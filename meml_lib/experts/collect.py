@@ -24,14 +24,17 @@ import concurrent.futures
 import html
 import json
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import AsyncExitStack, ExitStack, closing
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from itertools import chain, product
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import httpx2
@@ -60,8 +63,8 @@ class _Choice(BaseModel):
 
 
 class _Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
     """Reasoning included."""
 
 
@@ -94,6 +97,11 @@ class _Teacher:
     example: dict[str, str] = field(default_factory=dict)
     """Kind -> what the endpoint said of one of them."""
     spent: Counter[str] = field(default_factory=Counter)
+
+    @cached_property
+    def path(self) -> Path:
+        """Of its store; teachers may name one store in several ways."""
+        return config.locate(self.params.path).resolve()
 
     def stop(self, reason: str) -> None:
         self.stopped += [reason] if reason not in self.stopped else []
@@ -242,7 +250,7 @@ def run(p: config.Run) -> Collected:
     """
     known = [(name, p.experts.known[name].teacher) for name in p.experts.panel]
     teachers = [_Teacher(name, teacher) for name, teacher in known if isinstance(teacher, schema.ApiTeacher)]
-    paths = sorted({config.locate(teacher.params.path) for teacher in teachers})
+    paths = sorted({teacher.path for teacher in teachers})
     questions = tasks.load(p.task).questions("train") if teachers else []
     with ExitStack() as locks:
         for path in paths:
@@ -255,7 +263,7 @@ def run(p: config.Run) -> Collected:
 
 
 def _in_a_thread(collecting: _Collecting) -> None:
-    with concurrent.futures.ThreadPoolExecutor(1) as thread, _Display(collecting) as display:
+    with concurrent.futures.ThreadPoolExecutor(1) as thread, closing(_Display(collecting)) as display:
         future = thread.submit(asyncio.run, collecting.main())
         try:
             while not future.done():
@@ -287,12 +295,12 @@ class _Collecting:
         named = {teacher.expert: teacher for teacher in self.teachers}
         asked = {(t.expert, q.id): fingerprint(t.params, q.text) for t in self.teachers for q in self.questions}
         otherwise: dict[tuple[str, str, int], str] = {}
-        for path in dict.fromkeys(teacher.params.path for teacher in self.teachers):
+        for path in dict.fromkeys(teacher.path for teacher in self.teachers):
             for record in chain(lines(path), lines(failures(path))):
                 self._spent_before += _spending(record)
                 key = record["expert"], record["question_id"], record["sample"]
                 teacher = named.get(key[0])
-                if key[:2] not in asked or teacher.params.path != path or "failed" in record:
+                if key[:2] not in asked or teacher.path != path or "failed" in record:
                     continue
                 if record["asked"] == asked[key[:2]]:
                     self._there |= {key} if accepted(teacher.params, record) else set()
@@ -309,29 +317,31 @@ class _Collecting:
                 print(f"{teacher.expert}: {told}")
 
     def _keys(self) -> dict[str, str]:
-        """Key -> what stands for it wherever it would be written; short keys could be words of an answer: left."""
+        """Key -> what stands for it wherever it would be written; short keys could be words of an answer: left.
+
+        A key is written into JSON as it is: quotes and backslashes, which no key has, are refused.
+        """
         secrets = {}
         for teacher in self.teachers:
             name = teacher.params.key_from
             if name is None or teacher.before == teacher.asked:
                 continue
             teacher.key = os.environ.get(name, "").strip()
-            if not teacher.key or not (teacher.key.isascii() and teacher.key.isprintable()):
+            if not teacher.key or not re.fullmatch(r"[!#-\[\]-~]+", teacher.key):
                 what = f"{name} is not set" if not teacher.key else f"{name} holds characters that no key has"
                 place = f"experts.known.{teacher.expert}.teacher.key_from"
                 raise config.ParamsError(f"{place}: the environment variable {what}")
             if len(teacher.key) >= 8:
-                secrets |= {teacher.key: f"[{name}]", json.dumps(teacher.key)[1:-1]: f"[{name}]"}
+                secrets[teacher.key] = f"[{name}]"
         return secrets
 
     def open_stores(self, stack: ExitStack) -> None:
         """For as long as the stack lives."""
-        paths = dict.fromkeys(teacher.params.path for teacher in self.teachers)
-        for path, failed in product(paths, (False, True)):
-            self._stores[path, failed] = store = Store(config.locate(failures(path) if failed else path))
+        for path, failed in product({teacher.path for teacher in self.teachers}, (False, True)):
+            self._stores[path, failed] = store = Store(failures(path) if failed else path)
             stack.callback(store.close)
             if store.torn:
-                print(f"{path}: its last line was torn ({store.torn} bytes); it is cut off, and asked again")
+                print(f"{config.label_of(path)}: its last line was torn ({store.torn} bytes); it is cut off, and asked again")
 
     def clean(self, text: str) -> str:
         """The text without any key."""
@@ -387,7 +397,7 @@ class _Collecting:
                 return
             call = _Call(request.teacher, self._budget)
             _CALL.set(call)
-            record = {}
+            record: dict[str, Any] = {"failed": "interrupted", "said": ""}
             try:
                 if not request.teacher.stopped:  # it may have waited
                     record = await self._ask(request)
@@ -395,11 +405,14 @@ class _Collecting:
                 record["requests"] = call.sent
                 request.teacher.spent += (spent := _spending(record))
                 self._budget.settle(most + Counter(requests=max(0, call.sent - 1)), spent)
+                store = self._stores[request.teacher.path, "failed" in record]
+                if call.sent:
+                    where = {"question_id": request.question.id, "expert": request.teacher.expert}
+                    where |= {"sample": request.sample}
+                    where |= {"asked": fingerprint(request.teacher.params, request.question.text)}
+                    store.put(self.clean(json.dumps(where | record, ensure_ascii=False)))
             if call.sent:
-                where = {"question_id": request.question.id, "expert": request.teacher.expert, "sample": request.sample}
-                where["asked"] = fingerprint(request.teacher.params, request.question.text)
-                line = json.dumps(where | record, ensure_ascii=False)
-                await self._stores[request.teacher.params.path, "failed" in record].append(self.clean(line))
+                await store.sync()
                 self._count(request.teacher, record)
 
     async def _ask(self, request: _Request) -> dict[str, Any]:
@@ -422,6 +435,7 @@ class _Collecting:
             reasoning, text, thought = tables.apart(text)
         finish, usage = reply.choices[0].finish_reason, reply.usage
         tokens = (usage.prompt_tokens, usage.completion_tokens) if usage else (None, None)
+        counted = None not in tokens
         return {
             "text": text,
             "reasoning": reasoning,
@@ -430,7 +444,7 @@ class _Collecting:
             "model": reply.model,
             "prompt_tokens": tokens[0],
             "answer_tokens": tokens[1],
-            "cost": teacher.cost(*tokens) if usage else None,
+            "cost": teacher.cost(*tokens) if counted else None,
             "seconds": round(seconds, 3),
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
             "values": values(teacher.params),
@@ -541,25 +555,22 @@ class _Display:
     """A bar where a person watches; a line every few seconds where nobody does."""
 
     def __init__(self, collecting: _Collecting):
-        self._of, self._bar, self._said_at = collecting, None, time.monotonic()
+        from tqdm.auto import tqdm
 
-    def __enter__(self) -> _Display:
-        if runs.watched():
-            from tqdm.auto import tqdm
-
-            self._bar = tqdm(total=self._of.total, initial=self._of.done, desc="collect", unit="answer")
-        return self
+        self._of, self._said_at = collecting, time.monotonic()
+        counts = {"total": collecting.total, "initial": collecting.done}
+        self._bar = tqdm(desc="collect", unit="answer", disable=not runs.watched(), **counts)
 
     def show(self) -> None:
-        if self._bar is not None:
+        done, now = self._of.done, time.monotonic()
+        if not self._bar.disable:
             self._bar.set_postfix_str(self._of.standing(), refresh=False)
-            self._bar.update(self._of.done - self._bar.n)
-        elif time.monotonic() - self._said_at >= runs.LOG_EVERY_S:
-            self._said_at, rate = time.monotonic(), self._of.rate()
-            left = f", {(self._of.total - self._of.done) / rate:.0f} s left" if rate else ""
-            print(f"collect {self._of.done}/{self._of.total}, {rate:.1f}/s, {self._of.standing()}{left}", flush=True)
+            self._bar.update(done - self._bar.n)
+        elif now - self._said_at >= runs.LOG_EVERY_S:
+            self._said_at, rate = now, self._of.rate()
+            left = f", {(self._of.total - done) / rate:.0f} s left" if rate else ""
+            print(f"collect {done}/{self._of.total}, {rate:.1f}/s, {self._of.standing()}{left}", flush=True)
 
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self.show()
-            self._bar.close()
+    def close(self) -> None:
+        self.show()
+        self._bar.close()

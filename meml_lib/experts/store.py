@@ -29,12 +29,12 @@ def stored(path: str) -> list[dict[str, Any]]:
     return list(lines(path))
 
 
-def failures(path: str) -> str:
+def failures(path: Path) -> Path:
     """The file beside a store that holds what failed."""
-    return f"{config.locate(path)}.failed"
+    return path.with_name(f"{path.name}.failed")
 
 
-def lines(path: str) -> Iterator[dict[str, Any]]:
+def lines(path: str | Path) -> Iterator[dict[str, Any]]:
     """The records of a store or of its failures, one at a time. Raises: as `stored`."""
     file = config.locate(path)
     if not file.is_file():
@@ -44,9 +44,11 @@ def lines(path: str) -> Iterator[dict[str, Any]]:
             if not line.endswith(b"\n"):
                 return
             try:
-                yield json.loads(line)
-            except ValueError:  # its message would show the line
+                record = json.loads(line)
+                _ = [record[field] for field in ("question_id", "expert", "sample", "asked")]
+            except (ValueError, KeyError, TypeError):  # their messages would show the line
                 raise ValueError(f"{file}:{number} is no record of a store; mend it or take it out") from None
+            yield record
 
 
 def asked_name(teacher: schema.ApiTeacher) -> str:
@@ -86,8 +88,8 @@ _SAME_MODEL = r"([-@:](\d{4}-\d\d-\d\d|\d{4,8}|latest|main))?"
 class Store:
     """A store that is open for appending; the caller holds its lock.
 
-    An answer counts as stored once `append` returns: written and synced to the disk. Answers that arrive while the disk
-    is busy go there together.
+    A line that was `put` is written by `close` at the latest; it counts as stored once `sync` returns. Lines that arrive
+    while the disk is busy go there together.
     """
 
     def __init__(self, path: Path):
@@ -97,15 +99,15 @@ class Store:
         self._file = open(path, "ab")
         self._waiting: deque[bytes] = deque()
         self._turn, self._writing = asyncio.Lock(), threading.Lock()
-        self._came = self._there = 0
 
-    async def append(self, line: str) -> None:
-        """Raises: OSError if the disk does not take it."""
+    def put(self, line: str) -> None:
+        """Nothing is awaited, so that no interruption can come between an answer and its place here."""
         self._waiting.append(line.encode() + b"\n")
-        self._came += 1
-        own = self._came
+
+    async def sync(self) -> None:
+        """All lines that were put are on the disk. Raises: OSError if it does not take them."""
         async with self._turn:
-            if self._there < own:
+            if self._waiting:
                 await asyncio.to_thread(self._write)
 
     def _write(self) -> None:
@@ -114,7 +116,6 @@ class Store:
             self._file.write(b"".join(batch))
             self._file.flush()
             os.fsync(self._file.fileno())
-            self._there += len(batch)
 
     def close(self) -> None:
         """Write what still waits, also after an interruption."""

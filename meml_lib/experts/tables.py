@@ -135,6 +135,8 @@ def _read(task: Task, teacher: schema.TableTeacher) -> Iterator[_Row]:
 
 def _shown(value: Any, spec: str = "") -> str:
     """A cell as text; null is empty, and so is NaN, as which pandas writes it."""
+    if isinstance(value, float) and value.is_integer() and not spec:
+        value = int(value)  # a column of whole numbers and nulls is written as floats
     return "" if value is None or value != value else format(value, spec)
 
 
@@ -208,7 +210,7 @@ def _csv(path: Path) -> list[dict]:
 
 def _jsonl(path: Path) -> list[dict]:
     rows = []
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for count, line in enumerate(file, 1):
             try:
                 row = json.loads(line) if line.strip() else {}

@@ -140,7 +140,8 @@ def jobs(study: config.Study) -> dict[str, Job]:
         file = str(RunFolder(base.run_dir).table(table))
         collects = notebook == "00_experts"
         more = {"adds_to": stores} if collects else {"parents": collected}
-        of_run(notebook, notebook, None, study.seeds[0], base, asked, files=(file,), **more)
+        values = asked | ({"collect": base.values()["collect"]} if collects and stores else {})
+        of_run(notebook, notebook, None, study.seeds[0], base, values, files=(file,), **more)
     for group, arms in study.stage1_groups().items():
         for seed in study.seeds:
             arm = study.run(arms[0], seed)

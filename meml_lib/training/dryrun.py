@@ -148,7 +148,9 @@ def stage1(p: config.Run) -> Counter[str]:
     """What stage 1 does at most. Raises: ValueError if it has fewer answers than a step takes."""
     found, source = questions(p)
     panel = experts.load_panel(p.experts)
-    answers = sum(_answers(p.task, e, p.mef) if source == "read here" else found["train"] for e in panel)
+    samples = [getattr(expert.teacher, "samples", 1) for expert in panel]
+    most = [found["train"] * min(count, p.mef.answers_per_question or count) for count in samples]
+    answers = sum(_answers(p.task, e, p.mef) for e in panel) if source == "read here" else sum(most)
     if answers < p.mef.answers_per_step:
         raise ValueError(f"stage 1 has {answers} answers, fewer than mef.answers_per_step={p.mef.answers_per_step}")
     steps = mef.steps_of(p.mef, answers)
