@@ -187,7 +187,7 @@ class ApiTeacher(_Answers):
     request changes: model, system, temperature, top_p, max_answer_tokens, extra, or the question's text."""
     base_url: str
     """e.g. https://api.deepseek.com/v1; no credentials in it."""
-    key_from: str | None
+    key_from: str | None = None
     """NAME of the environment variable that holds the API key, never the key; null: the endpoint asks for none."""
     api_model: Text | None = None
     """The endpoint's own name of the model, e.g. deepseek-reasoner; null: `model`."""

@@ -354,6 +354,16 @@ def test_killed_at_random_points_nothing_stored_is_asked_again_and_nothing_is_lo
         assert 80 + sum(record["requests"] for record in given_up) == len(server.log)
 
 
+def test_a_server_that_does_not_run_is_named_and_its_teacher_stops(world):
+    with FaultyServer() as server:
+        teachers = {"b": {"base_url": "http://127.0.0.1:9/v1"}}  # the discard port: nobody listens
+        done = world.run(server.url, experts=("a", "b"), teachers=teachers, concurrency=1, retries=0)
+    assert done.table["new"].tolist() == [6, 0] and done.table["requests"].tolist()[1] == 1
+    (stopped,) = (line for line in done.messages if "stopped" in line)
+    assert stopped.startswith("b stopped: http://127.0.0.1:9/v1: ") and stopped.endswith("; does the server run?")
+    assert done.table["failed"].tolist() == ["-", "no connection: 1"] and repr(done) == str(done)
+
+
 def test_two_spellings_of_a_path_are_one_store(world):
     spelled = {"b": {"path": str(world.folder / "x" / ".." / "store.jsonl")}}
     (world.folder / "x").mkdir()

@@ -92,3 +92,8 @@ def test_shares_are_drawn_with_their_numbers(answers, questions):
     assert points.lines[0].get_ydata().tolist() == pytest.approx([100 / 3, 200 / 3])
     reach = [segment[:, 1].tolist() for segment in points.lines[2][0].get_segments()]
     assert reach == [pytest.approx([6.15, 79.23], abs=0.01), pytest.approx([20.77, 93.85], abs=0.01)]  # Wilson
+
+
+def test_texts_of_a_table_are_neither_markup_nor_formulas():
+    page = show.table(pd.DataFrame({"text": ["<img src=x> costs $5 or $6"]})).to_html()
+    assert "<img" not in page and "&lt;img" in page and 'class="mathjax_ignore"' in page

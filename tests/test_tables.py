@@ -259,7 +259,7 @@ def test_collected_answers_are_used_only_as_they_would_be_asked_today(task, json
     assert counts == {"rows": 7, "taken": 3, "unknown_question": 1, "duplicate": 1, "asked_otherwise": 1,
                       "another_model": 1, "empty": 0, "cut_off": 1}  # fmt: skip
     warmer = experts.Expert("mine", "answer", api(tmp_path / "answers.jsonl", temperature=1.0))
-    with pytest.raises(ValueError, match="asked otherwise: 6 .*first collect them: meml collect FILE"):
+    with pytest.raises(ValueError, match="asked otherwise: 6 .*to see what fails: meml collect FILE"):
         experts.teacher_answers(task, [warmer])
-    with pytest.raises(ValueError, match="is taken: it has none; first collect them"):
+    with pytest.raises(ValueError, match="is taken: it has none; to collect them"):
         experts.answered_questions(task, [experts.Expert("new", "answer", teacher)])

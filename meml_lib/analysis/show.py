@@ -14,6 +14,8 @@ from meml_lib.runs import RunFolder
 
 LABELS = {"share": "% [95 % interval]", "iou": "intersection / union, %"}
 LABELS |= {"all_wrong_share": "wrong for all, %", "phi": "phi"}
+_NO_FORMULAS = 'class="mathjax_ignore"'
+"""Else JupyterLab takes what stands between two dollar signs for a formula, and questions are about money."""
 
 
 def percent(table: pd.DataFrame) -> pd.DataFrame:
@@ -38,7 +40,8 @@ def wide(table: pd.DataFrame, index: str, columns: str) -> pd.DataFrame:
 def table(frame: pd.DataFrame):
     """A table of texts in full, from the left, without row numbers; an em dash for what is not there."""
     left = {"selector": "th, td", "props": "text-align: left; vertical-align: top"}
-    return frame.style.hide().format(precision=0, na_rep="—").set_table_styles([left])
+    shown = frame.style.hide().format(precision=0, na_rep="—", escape="html").set_table_styles([left])
+    return shown.set_table_attributes(_NO_FORMULAS)
 
 
 def pass_at_k(folder: RunFolder) -> figures.Picture | str:
@@ -73,7 +76,8 @@ class SideBySide:
         )
         question = f"<b>{html.escape(self.question_id)}</b>: {html.escape(self.question['text'])}"
         gold = f"Right answer: <b>{html.escape(self.question['gold'])}</b>"
-        return f"<p>{question}<br>{gold}</p><table style='table-layout:fixed;width:100%'><tr>{cells}</tr></table>"
+        table = f"<table style='table-layout:fixed;width:100%'><tr>{cells}</tr></table>"
+        return f"<div {_NO_FORMULAS}><p>{question}<br>{gold}</p>{table}</div>"
 
 
 def side_by_side(answers: pd.DataFrame, questions: pd.DataFrame, question_id: str | None = None) -> SideBySide:

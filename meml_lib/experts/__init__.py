@@ -35,14 +35,15 @@ class Panel(tuple[Expert, ...]):
         return [expert.name for expert in self]
 
     def _repr_html_(self) -> str:
+        told = [expert.teacher.model_dump(exclude_defaults=True, exclude_none=True).items() for expert in self]
         rows = [
-            (str(place), expert.name, expert.system, ", ".join(f"{k}: {v}" for k, v in expert.teacher if v is not None))
-            for place, expert in enumerate(self)
+            (str(place), expert.name, expert.system, ", ".join(f"{key}: {value}" for key, value in values))
+            for place, (expert, values) in enumerate(zip(self, told, strict=True))
         ]
         cells = ("".join(f"<td style='text-align:left'>{html.escape(cell)}</td>" for cell in row) for row in rows)
         names = ("E", "expert", "system prompt", "teacher")
         head = "".join(f"<th style='text-align:left'>{name}</th>" for name in names)
-        return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
+        return f"<table class='mathjax_ignore'><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
 
 
 def load_panel(params: schema.ExpertsParams) -> Panel:

@@ -11,6 +11,7 @@ counted by kind, is no answer, and is asked again by the next run:
 | 401, 403: the key is refused; 402, insufficient_quota: no money; 404: no such model | that teacher stops |
 | a reply names another model (`store.accepted`) | stored under its name, not used; that teacher stops |
 | another 4xx | counted |
+| no connection, after the retries: the server does not run | that teacher stops |
 | 10 failures in a row, 2 x concurrency where that is more | that teacher stops |
 | a budget is reached | nothing more is asked; what is under way is kept |
 | Ctrl-C, SIGTERM | requests under way are given up; what had arrived is stored |
@@ -209,8 +210,9 @@ class _Http(openai.DefaultAsyncHttpxClient):
         except (TimeoutError, httpx2.TimeoutException) as error:
             call.teacher.retried["silence"] += 1
             raise httpx2.ReadTimeout("no whole reply in time", request=request) from error
-        except httpx2.TransportError:
-            call.teacher.retried["dropped connection"] += 1
+        except httpx2.TransportError as error:
+            refused = isinstance(error, httpx2.ConnectError)
+            call.teacher.retried["no connection" if refused else "dropped connection"] += 1
             raise
         if response.status_code >= 400:
             call.teacher.retried[f"HTTP {response.status_code}"] += 1
@@ -235,6 +237,8 @@ class Collected:
 
     def __str__(self) -> str:
         return "\n".join([self.table.to_string(index=False, na_rep="-"), *self.messages])
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         return self.table.to_html(index=False, na_rep="-") + "".join(f"<p>{html.escape(m)}</p>" for m in self.messages)
@@ -462,6 +466,9 @@ class _Collecting:
                 teacher.stop(f"{p.base_url} knows no model {asked_name(p)!r}, or is no API's address ({kind})")
             elif code == 402 or error.code == "insufficient_quota":
                 teacher.stop(f"{p.base_url}: the account has nothing left to spend ({kind})")
+        elif isinstance(error.__cause__, httpx2.ConnectError):
+            kind = "no connection"
+            teacher.stop(f"{p.base_url}: {error.__cause__}; does the server run?")
         else:
             kind = "silence" if isinstance(error, openai.APITimeoutError) else "dropped connection"
         return {"failed": kind, "said": said}
@@ -494,7 +501,8 @@ class _Collecting:
 
     @property
     def total(self) -> int:
-        return sum(teacher.asked for teacher in self.teachers)
+        """Answers that this run may still end with: a stopped teacher gives no more."""
+        return sum(t.before + t.new if t.stopped else t.asked for t in self.teachers)
 
     def standing(self) -> str:
         """Cost so far and projected; without prices, tokens."""
@@ -503,7 +511,9 @@ class _Collecting:
         unit = "money" if now["money"] else "tokens"
         whole = now[unit] * (1 + (self.total - self.done) / new) if new else 0
         figures = [f"{value:.4g}" if unit == "money" else f"{value:,.0f} tokens" for value in (now[unit], whole)]
-        return f"{'cost ' if unit == 'money' else ''}{figures[0]}" + (f", about {figures[1]} in all" if new else "")
+        stopped = ", ".join(teacher.expert for teacher in self.teachers if teacher.stopped)
+        said = f"{'cost ' if unit == 'money' else ''}{figures[0]}" + (f", about {figures[1]} in all" if new else "")
+        return said + (f"; stopped: {stopped}" if stopped else "")
 
     def rate(self) -> float:
         """Answers a second."""
@@ -559,13 +569,13 @@ class _Display:
 
         self._of, self._said_at = collecting, time.monotonic()
         counts = {"total": collecting.total, "initial": collecting.done}
-        self._bar = tqdm(desc="collect", unit="answer", disable=not runs.watched(), **counts)
+        self._bar = tqdm(desc="collect", unit="answer", leave=False, disable=not runs.watched(), **counts)
 
     def show(self) -> None:
         done, now = self._of.done, time.monotonic()
         if not self._bar.disable:
-            self._bar.set_postfix_str(self._of.standing(), refresh=False)
             self._bar.update(done - self._bar.n)
+            self._bar.set_postfix_str(self._of.standing())
         elif now - self._said_at >= runs.LOG_EVERY_S:
             self._said_at, rate = now, self._of.rate()
             left = f", {(self._of.total - done) / rate:.0f} s left" if rate else ""

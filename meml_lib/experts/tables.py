@@ -71,7 +71,7 @@ def taken(task: Task, expert: str, teacher: schema.TableTeacher | schema.ApiTeac
         why = ", ".join(faults) or "it has none"
         if strangers:
             why += f" (such as {strangers[0][:60]!r}; this task has {task.every_question()[0].id!r})"
-        todo = "; first collect them: meml collect FILE, or notebook 00_experts" if teacher.kind == "api" else ""
+        todo = "; to collect them, and to see what fails: meml collect FILE" if teacher.kind == "api" else ""
         raise ValueError(f"expert {expert!r}: no answer in {place(teacher)} is taken: {why}{todo}")
     return {question_id: sorted(own, key=attrgetter("sample")) for question_id, own in answers.items()}, counts
 
