@@ -58,7 +58,7 @@ def accuracy(answers: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for expert in right.columns:
         counts = {"n": len(right), "right": int(right[expert].sum()), "unreadable": unreadable[expert]}
-        rows.append({"expert": expert, **counts, **_share(stats.wilson(counts["right"], len(right)))})
+        rows.append({"expert": expert, **counts, **share(stats.wilson(counts["right"], len(right)))})
     return pd.DataFrame(rows)
 
 
@@ -88,11 +88,11 @@ def shared_errors(answers: pd.DataFrame) -> pd.DataFrame:
         each = right[list(group)]
         every, some = int((~each.any(axis=1)).sum()), int((~each.all(axis=1)).sum())
         row = {"experts": " + ".join(group), "n": len(each), "all_wrong": every, "any_wrong": some}
-        row |= _share(stats.exact(every, some) if some else stats.UNDEFINED, "iou")
-        row |= _share(stats.wilson(every, len(each)), "all_wrong_share")
+        row |= share(stats.exact(every, some) if some else stats.UNDEFINED, "iou")
+        row |= share(stats.wilson(every, len(each)), "all_wrong_share")
         two = len(group) == 2
         marks = stats.phi(np.bincount(each @ [2, 1], minlength=4).reshape(2, 2)) if two else stats.UNDEFINED
-        rows.append(row | _share(marks, "phi"))
+        rows.append(row | share(marks, "phi"))
     return pd.DataFrame(rows)
 
 
@@ -117,7 +117,7 @@ def corrected_by_others(answers: pd.DataFrame) -> pd.DataFrame:
     for expert in right.columns:
         others = right.loc[~right[expert]].drop(columns=expert).any(axis=1)
         row = {"expert": expert, "errors": len(others), "corrected": int(others.sum())}
-        rows.append(row | _share(stats.wilson(row["corrected"], len(others)) if len(others) else stats.UNDEFINED))
+        rows.append(row | share(stats.wilson(row["corrected"], len(others)) if len(others) else stats.UNDEFINED))
     return pd.DataFrame(rows)
 
 
@@ -147,10 +147,10 @@ def coverage(answers: pd.DataFrame) -> pd.DataFrame:
         for k, count in enumerate(_covered(marks_QE, order)):
             head = {"order": name, "experts": k + 1, "added": names[order[k]], "n": n}
             low = stats.wilson(int(min(count, lower_E[k])), n).low
-            rows.append({**head, **_share(stats.wilson(int(count), n)), "low": low})
+            rows.append({**head, **share(stats.wilson(int(count), n)), "low": low})
     for k in range(1, len(names) + 1):
         mean = stats.mean_chance(chance_of_a_hit(len(names), marks_QE.sum(axis=1), k))
-        rows.append({"order": "mean over orders", "experts": k, "added": None, "n": n, **_share(mean)})
+        rows.append({"order": "mean over orders", "experts": k, "added": None, "n": n, **share(mean)})
     return pd.DataFrame(rows)
 
 
@@ -211,7 +211,7 @@ def own_teacher_likeliest(likelihoods: pd.DataFrame) -> pd.DataFrame:
     for prompt, nats in nats_per_token(likelihoods).groupby(level="prompt", sort=False):
         others = nats.drop(columns=prompt).max(axis=1)  # NaN for a lone teacher
         own = int((~(nats[prompt] <= others)).sum())
-        row = {"prompt": prompt, "n": len(nats), "own": own, **_share(stats.wilson(own, len(nats)))}
+        row = {"prompt": prompt, "n": len(nats), "own": own, **share(stats.wilson(own, len(nats)))}
         rows.append({**row, "chance": 1 / nats.shape[1]})
     return pd.DataFrame(rows)
 
@@ -254,7 +254,7 @@ def pass_at_k(answers: pd.DataFrame, ks: Sequence[int]) -> pd.DataFrame:
         for expert, values in hits(answers, k).items():
             interval = stats.crossed_mean(values.to_numpy()[None], share=True)
             counts = {"expert": expert, "k": k, "n": interval.n_questions, "samples": answers["sample"].nunique()}
-            rows.append(counts | _share(interval))
+            rows.append(counts | share(interval))
     return pd.DataFrame(rows)
 
 
@@ -275,7 +275,7 @@ def by_difficulty(answers: pd.DataFrame, questions: pd.DataFrame) -> pd.DataFram
     return pd.concat(parts, ignore_index=True)[["difficulty", "expert", "n", "right", "share", "low", "high"]]
 
 
-def _share(interval: stats.Interval, name: str = "") -> dict[str, float]:
+def share(interval: stats.Interval, name: str = "") -> dict[str, float]:
     """An interval as columns: share, low, high; or NAME, NAME_low, NAME_high."""
     prefix = f"{name}_" if name else ""
     return {name or "share": interval.mean, f"{prefix}low": interval.low, f"{prefix}high": interval.high}

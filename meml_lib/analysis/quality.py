@@ -7,10 +7,8 @@ from itertools import permutations
 import numpy as np
 import pandas as pd
 
-from meml_lib.analysis import stats
+from meml_lib.analysis import overlap, stats
 from meml_lib.tasks import Task, leaks, plain
-
-_UNKNOWN = stats.Interval(np.nan, np.nan, np.nan, 0, 1)
 
 
 def shares(answers: pd.DataFrame, task: Task) -> pd.DataFrame:
@@ -36,9 +34,8 @@ def shares(answers: pd.DataFrame, task: Task) -> pd.DataFrame:
     rows = []
     for what, mark in marks.items():
         for expert, own in mark.groupby(answers["expert"], sort=False):
-            interval = stats.wilson(int(own.sum()), len(own))
             row = {"what": what, "expert": expert, "n": len(own), "answers": int(own.sum())}
-            rows.append({**row, "share": interval.mean, "low": interval.low, "high": interval.high})
+            rows.append(row | overlap.share(stats.wilson(row["answers"], len(own))))
     return pd.DataFrame(rows)
 
 
@@ -66,6 +63,6 @@ def ngrams_shared(answers: pd.DataFrame, size: int = 5) -> pd.DataFrame:
     for expert, other in permutations(first["expert"].unique(), 2):
         pairs = wide[[expert, other]].dropna().itertuples(index=False)
         values = [len(mine & others) / len(mine) for mine, others in pairs if mine]
-        interval = stats.crossed_mean(np.array([values]), share=True) if len(values) > 1 else _UNKNOWN
-        rows.append((expert, other, len(values), interval.mean, interval.low, interval.high))
+        interval = stats.crossed_mean(np.array([values]), share=True) if len(values) > 1 else stats.UNDEFINED
+        rows.append({"expert": expert, "other": other, "n": len(values)} | overlap.share(interval))
     return pd.DataFrame(rows, columns=["expert", "other", "n", "share", "low", "high"])

@@ -131,6 +131,11 @@ class _Request(NamedTuple):
         }
         return {key: value for key, value in (body | p.extra).items() if value is not None}
 
+    def names(self) -> dict[str, Any]:
+        """What a line of the store is found by."""
+        asked = fingerprint(self.teacher.params, self.question.text)
+        return {"question_id": self.question.id, "expert": self.teacher.expert, "sample": self.sample, "asked": asked}
+
     def most(self) -> Counter[str]:
         """What it spends at most: a token of the prompt is at least a byte of it."""
         body = self.body
@@ -208,15 +213,22 @@ class _Http(openai.DefaultAsyncHttpxClient):
             async with asyncio.timeout(self.timeout.read):
                 response = await super().send(request, **options)
         except (TimeoutError, httpx2.TimeoutException) as error:
-            call.teacher.retried["silence"] += 1
-            raise httpx2.ReadTimeout("no whole reply in time", request=request) from error
+            silence = httpx2.ReadTimeout("no whole reply in time", request=request)
+            call.teacher.retried[_kind(silence)] += 1
+            raise silence from error
         except httpx2.TransportError as error:
-            refused = isinstance(error, httpx2.ConnectError)
-            call.teacher.retried["no connection" if refused else "dropped connection"] += 1
+            call.teacher.retried[_kind(error)] += 1
             raise
         if response.status_code >= 400:
             call.teacher.retried[f"HTTP {response.status_code}"] += 1
         return response
+
+
+def _kind(error: BaseException | None) -> str:
+    """What became of an HTTP request that brought no response."""
+    if isinstance(error, httpx2.TimeoutException):
+        return "silence"
+    return "no connection" if isinstance(error, httpx2.ConnectError) else "dropped connection"
 
 
 @dataclass(frozen=True)
@@ -411,10 +423,7 @@ class _Collecting:
                 self._budget.settle(most + Counter(requests=max(0, call.sent - 1)), spent)
                 store = self._stores[request.teacher.path, "failed" in record]
                 if call.sent:
-                    where = {"question_id": request.question.id, "expert": request.teacher.expert}
-                    where |= {"sample": request.sample}
-                    where |= {"asked": fingerprint(request.teacher.params, request.question.text)}
-                    store.put(self.clean(json.dumps(where | record, ensure_ascii=False)))
+                    store.put(self.clean(json.dumps(request.names() | record, ensure_ascii=False)))
             if call.sent:
                 await store.sync()
                 self._count(request.teacher, record)
@@ -466,11 +475,8 @@ class _Collecting:
                 teacher.stop(f"{p.base_url} knows no model {asked_name(p)!r}, or is no API's address ({kind})")
             elif code == 402 or error.code == "insufficient_quota":
                 teacher.stop(f"{p.base_url}: the account has nothing left to spend ({kind})")
-        elif isinstance(error.__cause__, httpx2.ConnectError):
-            kind = "no connection"
+        elif (kind := _kind(error.__cause__)) == "no connection":
             teacher.stop(f"{p.base_url}: {error.__cause__}; does the server run?")
-        else:
-            kind = "silence" if isinstance(error, openai.APITimeoutError) else "dropped connection"
         return {"failed": kind, "said": said}
 
     def _count(self, teacher: _Teacher, record: dict[str, Any]) -> None:

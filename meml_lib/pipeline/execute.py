@@ -50,8 +50,9 @@ def execute(job: graph.Job, jobs: dict[str, graph.Job]) -> None:
                 folder.set_status("failed", str(error) if isinstance(error, JobFailed) else other)
                 raise
             seconds = round(time.monotonic() - started, 1)
-            made = {"notebook": job.notebook, "parameters": job.parameters, "parents": job.parents}
-            folder.write_manifest(job=job.name, **made, wall_s=seconds)
+            folder.write_manifest(
+                job=job.name, notebook=job.notebook, parameters=job.parameters, parents=job.parents, wall_s=seconds
+            )
             after = job.parts()["inputs"]
             parts["inputs"] |= {name: after[name] for name in job.adds_to if name in after}
             folder.set_status("done", f"ran in {seconds:g} s", parts=parts)
@@ -78,9 +79,12 @@ def _run_notebook(job: graph.Job, folder: RunFolder) -> None:
     lines = _Lines(job)
 
     def failure(cell: int, what: str) -> JobFailed:
-        last = "".join(["\n  its last lines:"] * bool(lines.last) + [f"\n    {line}" for line in lines.last])
-        see = f"see {config.label_of(job.executed)}; mend the cause and run the same command again"
-        return JobFailed(f"cell {cell + 1} of {job.notebook}: {what}{last}\n  {see}")
+        last = "".join(f"\n    {line}" for line in lines.last)
+        return JobFailed(
+            f"cell {cell + 1} of {job.notebook}: {what}"
+            + (f"\n  its last lines:{last}" if last else "")
+            + f"\n  see {config.label_of(job.executed)}; mend the cause and run the same command again"
+        )
 
     try:
         # Sockets in a folder of its own: jobs that start at the same time could draw the same free TCP port.

@@ -136,12 +136,11 @@ def jobs(study: config.Study) -> dict[str, Job]:
     teachers = {name: base.experts.known[name].teacher for name in base.experts.panel}
     stores = tuple(key for name, own in teachers.items() if own.kind == "api" for key in keys.answer_files(name, own))
     collected = ("00_experts",) if stores else ()
-    for notebook, table in {"00_experts": "teacher_answers", "01_error_overlap": "error_overlap"}.items():
-        file = str(RunFolder(base.run_dir).table(table))
-        collects = notebook == "00_experts"
-        more = {"adds_to": stores} if collects else {"parents": collected}
-        values = asked | ({"collect": base.values()["collect"]} if collects and stores else {})
-        of_run(notebook, notebook, None, study.seeds[0], base, values, files=(file,), **more)
+    collects = {"collect": base.values()["collect"]} if stores else {}
+    answers, errors = (str(RunFolder(base.run_dir).table(name)) for name in ("teacher_answers", "error_overlap"))
+    first = (None, study.seeds[0], base)
+    of_run("00_experts", "00_experts", *first, asked | collects, files=(answers,), adds_to=stores)
+    of_run("01_error_overlap", "01_error_overlap", *first, asked, files=(errors,), parents=collected)
     for group, arms in study.stage1_groups().items():
         for seed in study.seeds:
             arm = study.run(arms[0], seed)
