@@ -38,6 +38,9 @@ def _plain_errors() -> Iterator[None]:
     except runs.InUse as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from error
+    except OSError as error:  # what cannot be read or written
+        typer.echo(f"{error}; mend the cause and run the same command again", err=True)
+        raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
         typer.echo("interrupted; the same command goes on from here", err=True)
         raise typer.Exit(130) from error
@@ -55,15 +58,22 @@ def check(
     with _plain_errors():
         study = config.load_study(file, set_)
         base = study.base_run()
-        rows = [(key, json.dumps(value, ensure_ascii=False), source) for key, value, source in base.rows()]
-        widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-        for key, value, source in rows:
-            typer.echo(f"{key:<{widths[0]}}  {value:<{min(widths[1], 48)}}  {source}")
+        _print_rows(base.rows())
         if study.params_file != study.run_params_file:
+            typer.echo(f"\n{study.params_file}:")
+            _print_rows(study.rows())
             _print_arms(study)
         if dry_run:
             _print_dry_run(study)
         typer.echo(f"\n{file}: good")
+
+
+def _print_rows(values: list) -> None:
+    """Aligned lines of key, value and source; a text of many lines as its first."""
+    rows = [(key, json.dumps(value, ensure_ascii=False).split("\\n")[0], source) for key, value, source in values]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    for key, value, source in rows:
+        typer.echo(f"{key:<{widths[0]}}  {value:<{min(widths[1], 48)}}  {source}")
 
 
 def _print_arms(study) -> None:
@@ -79,9 +89,11 @@ def _print_arms(study) -> None:
 
 
 def _print_dry_run(study) -> None:
-    from meml_lib.pipeline import graph
+    from meml_lib.pipeline import graph, watch
     from meml_lib.training import dryrun
 
+    for arm in study.arms:
+        watch.check_trackers(study.run(arm, study.seeds[0]))
     typer.echo("")
     try:
         for line in dryrun.describe(study):
@@ -100,15 +112,19 @@ def run(
     reports_dir: Reports = "reports",
 ) -> None:
     """Run a study, or a run file as a study of one arm: what is up to date is kept, and the report comes last."""
-    from meml_lib import config
+    from meml_lib import config, runs
     from meml_lib.pipeline import graph, processes
 
     with _plain_errors():
         study = config.load_study(file, set_, reports_dir)
         processes.sigterm_as_interrupt()
-        code = graph.run(study, jobs, lambda line: typer.echo(line))
+        try:
+            code = graph.run(study, jobs, lambda line: typer.echo(line))
+        except OSError as error:
+            raise OSError(f"{error}{runs.little_space(study.folder, '; ')}") from error
         if code:
-            typer.echo("failed: see above; what is done is kept, and the same command goes on from there", err=True)
+            full = runs.little_space(study.folder, "; ")
+            typer.echo(f"failed: see above{full}; what is done is kept, and the same command goes on from there", err=True)
             raise typer.Exit(1)
         typer.echo(f"report: {config.label_of(study.folder / 'report' / 'report.html')}")
 
@@ -222,6 +238,9 @@ def _todo(found: dict, free_gib: float) -> Iterator[str]:
 
 
 def main() -> None:
+    from meml_lib import runs
+
+    os.environ[runs.COMMAND] = runs.command()
     app()
 
 

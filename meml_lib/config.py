@@ -35,11 +35,13 @@ class ParamsError(ValueError):
 # --- places -----------------------------------------------------------------------------------------------------------
 
 
+_BESIDE_PACKAGE = Path(__file__).resolve().parents[1]
+
+
 def root() -> Path:
     """The project folder: the nearest one, from the working directory upwards, that holds params/base.yaml."""
     here = Path.cwd()
-    beside_package = Path(__file__).resolve().parents[1]
-    for folder in (here, *here.parents, beside_package):
+    for folder in (here, *here.parents, _BESIDE_PACKAGE):
         if (folder / "params" / "base.yaml").is_file():
             return folder
     return here
@@ -96,8 +98,11 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[_Path, int]]:
     return values, lines
 
 
-def _find(name: str, beside: Path | None) -> Path:
-    """The file that `use` or a study's `run` names, relative to params/ (or else to the file that names it)."""
+def _find(name: str, beside: Path | None, named_at: str = "") -> Path:
+    """The file that `use` or `run_file` names, relative to params/ (or else to the file that names it).
+
+    Args: named_at: "file:line"; a message begins with it.
+    """
     places = [root() / "params"]
     if beside is not None:
         places = [folder for folder in beside.parents if folder.name == "params"][:1] + places + [beside.parent]
@@ -105,7 +110,7 @@ def _find(name: str, beside: Path | None) -> Path:
         if (place / name).is_file():
             return (place / name).resolve()
     known = [str(file.relative_to(place)) for place in places for file in sorted(place.rglob("*.yaml"))]
-    by = f"{label_of(beside)}: " if beside else ""
+    by = f"{named_at}: " if named_at else ""
     raise ParamsError(f"{by}no file {name!r} in {label_of(places[0])}/{_nearest(name, known)}")
 
 
@@ -146,16 +151,18 @@ class _Values:
         if file in chain:
             raise ParamsError("files use each other in a circle: " + " -> ".join(label_of(f) for f in (*chain, file)))
         values, lines = _read(file)
-        self.add_used(values.pop("use", []), file, chain)
+        self.add_used(values.pop("use", []), file, chain, f"{label_of(file)}:{lines.get(('use',), 1)}")
         self.merge(values, lambda path: f"{label_of(file)}:{lines.get(path, 1)}")
         return self
 
-    def add_used(self, used: Any, file: Path | None, chain: tuple[Path, ...] = ()) -> None:
+    def add_used(
+        self, used: Any, file: Path | None, chain: tuple[Path, ...] = (), place: str = "notebook"
+    ) -> None:
+        """Add files that `use` names; place: where it stands."""
         if not isinstance(used, list) or not all(isinstance(name, str) for name in used):
-            place = label_of(file) if file else "notebook"
             raise ParamsError(f"{place}: use = {used!r} must be a list of files in params/")
         for name in used:
-            self.add_file(_find(name, file), (*chain, file) if file else chain)
+            self.add_file(_find(name, file, place), (*chain, file) if file else chain)
 
     def set(self, key: str, value: Any, origin: str) -> None:
         """Set a dotted key."""
@@ -224,18 +231,30 @@ def _checked(section: type[BaseModel], values: _Values) -> Any:
     try:
         checked = section.model_validate(values.tree)
         as_checked = dict(leaves(checked.model_dump()))
-        for path, value in leaves(values.tree):  # pydantic would read true as 1
-            if _has_bool(value) and not _has_bool(as_checked[path]):
-                faults.append(f"{values.origins[path]}: {'.'.join(path)} = {value}: must not be a yes/no value")
+        for path, value in leaves(values.tree):
+            if wrong := _read_otherwise(value, as_checked[path]):
+                faults.append(f"{values.origins[path]}: {'.'.join(path)} = {value!r}: {wrong}")
     except ValidationError as error:
-        faults = [_fault(section, values, fault) for fault in error.errors(include_url=False)]
+        found = sorted(error.errors(include_url=False), key=lambda fault: fault["type"] == "missing")
+        inner = {fault["loc"][:-1] for fault in found}  # a list with a broken item is also said to be empty
+        found = [fault for fault in found if fault["type"] != "too_short" or fault["loc"] not in inner]
+        faults = [_fault(section, values, fault) for fault in found]
+        if values.file is None and any(fault["type"] == "missing" for fault in found):
+            faults.append('(sections are a whole run file: add use = ["smoke.yaml"]; overrides changes single values)')
     if faults:
         raise ParamsError("\n".join(dict.fromkeys(faults)))
     return checked
 
 
-def _has_bool(value: Any) -> bool:
-    return any(isinstance(item, bool) for item in (value if isinstance(value, (list, tuple)) else [value]))
+def _read_otherwise(given: Any, taken: Any) -> str | None:
+    """What is wrong with a value that pydantic read as another type: true as 1, "3" as 3 (1e-6, to YAML text, is right)."""
+    both = zip(given, taken, strict=False) if isinstance(given, list) and isinstance(taken, tuple) else [(given, taken)]
+    for one, read in both:
+        if isinstance(one, bool) != isinstance(read, bool):
+            return "must not be a yes/no value" if isinstance(one, bool) else "must be true or false"
+        if isinstance(one, str) and isinstance(read, int):
+            return "must be a whole number, not text"
+    return None
 
 
 def _fault(section: type[BaseModel], values: _Values, fault: Any) -> str:
@@ -254,11 +273,10 @@ def _fault(section: type[BaseModel], values: _Values, fault: Any) -> str:
     key, context, quote = ".".join(path), fault.get("ctx", {}), "'"
     match fault["type"]:
         case "extra_forbidden":
-            ends = [name.split(".") for name in _keys(section)]
-            twins = [".".join(end) for end in ends if (end[0], end[-1]) == (path[0], path[-1])]
             section_key = ".".join(path[:-1])
+            siblings += [] if section_key else ["use"]
             near = _nearest(path[-1], siblings, f"{section_key}." if section_key else "")
-            near = f"; did you mean {twins[0]!r}?" if len(twins) == 1 else near
+            near = _deeper(path, section) or near
             return f"{origin}: {key} is not a known key{near} (known here: {', '.join(siblings)})"
         case "model_type" | "model_attributes_type" | "dict_type":
             return f"{origin}: {key} must be a mapping of keys; it is of type {type(node).__name__}"
@@ -274,9 +292,27 @@ def _fault(section: type[BaseModel], values: _Values, fault: Any) -> str:
             near = _nearest(str(node), re.findall("'(.*?)'", expected))
             return f"{origin}: {key} = {node!r}: must be one of {expected}{near}"
         case "value_error":
-            return f"{origin}: {key + ': ' if key else ''}{context['error']}"
+            text = str(context["error"])
+            wrong, *right = re.findall(r"'(.+?)'", text) or [""]
+            near = _nearest(wrong, right) if wrong not in right else ""
+            return f"{', '.join(_named_in(text, path, values)) or origin}: {key + ': ' if key else ''}{text}{near}"
         case _:
-            return f"{origin}: {key} = {node!r}: {fault['msg'].replace('Input should', 'must')}"
+            said = re.sub(r"^\w+ should", "must", fault["msg"]).replace("a valid tuple", "a list, e.g. [..]")
+            near = _nearest(str(node), re.findall(r"[a-z_]{3,}", context.get("pattern", "")))
+            return f"{origin}: {key} = {'null' if node is None else repr(node)}: {said}{near}"
+
+
+def _named_in(text: str, path: _Path, values: _Values) -> list[str]:
+    """The places of the values below a path that a message names."""
+    named = ((*path, *word.split(".")) for word in re.findall(r"[\w-]+(?:\.[\w-]+)*", text))
+    return list(dict.fromkeys(values.origins[key] for key in named if key in values.origins))
+
+
+def _deeper(path: _Path, section: type[BaseModel]) -> str:
+    """'; did you mean ..?' where a known key of the same name stands deeper: mef.lr or riel.lr for lr."""
+    ends = [name.split(".") for name in _keys(section)]
+    alike = [repr(".".join(end)) for end in ends if end[-1] == path[-1] and path[0] in (end[0], end[-1])]
+    return f"; did you mean {' or '.join(alike)}?" if 0 < len(alike) <= 3 else ""
 
 
 _PARTS = ("task", "experts", "model")
@@ -467,6 +503,11 @@ class Study(schema.StudyParams):
             values.set(key, value, "override" if key in self._extra else next(origins, self.params_file))
         return _run(values, None, run_dir, stage1_dir)
 
+    def rows(self) -> list[tuple[str, Any, str]]:
+        """(dotted key, value, source) of the study's own values; those of its runs stand in each run's rows."""
+        own = self.model_dump(mode="json", include=set(schema.StudyParams.model_fields))
+        return [(".".join(path), value, self._origins.get(path, "default")) for path, value in leaves(own)]
+
     def _repr_html_(self) -> str:
         rows = [
             (name, arm.label, ", ".join(f"{key}: {_short(value)}" for key, value in arm.overrides.items()))
@@ -495,7 +536,7 @@ def _expand_arms(values: _Values) -> None:
         if not isinstance(arm, dict) or "use" not in arm:
             continue
         part, place = _Values(), ("arms", name, "overrides")
-        part.add_used(arm.pop("use"), values.file)
+        part.add_used(arm.pop("use"), values.file, place=values.origins["arms", name, "use"])
         own = arm.get("overrides") or {}
         arm["overrides"] = {".".join(path): value for path, value in leaves(part.tree)} | own
         for path in part.origins:
@@ -515,11 +556,25 @@ def _study(values: _Values, overrides: Overrides | None, reports_dir: str | Path
         base, seed = values, extra.pop("seed", values.tree.get("seed", 0))
         tree = {"title": name, "run_file": base.label, "seeds": [seed], "arms": {name: {"label": name}}}
         values, name = _Values(base.file, tree), f"{name}-run"  # the study of a file's name keeps that folder
+        values.origins["seeds",] = "override" if "seed" in given else base.origins.get(("seed",), "default")
+    arms = values.tree.get("arms")
     for key, value in given.items():
+        part = key.split(".")
+        known: Iterable[str] = {*fields, *schema.RunParams.model_fields}
+        if part[0] == "arms" and len(part) > 1 and isinstance(arms, dict):  # else a misspelt arm would be a new one
+            known, part = arms, part[1:]
+        if part[0] not in known:
+            prefix = key.removesuffix(".".join(part))
+            near = _deeper((key,), schema.RunParams) or _nearest(part[0], known, prefix)
+            raise ParamsError(f"override: {prefix}{part[0]} is not a known key{near}")
         if key.split(".")[0] in fields:
             values.set(key, value, "override")
     checked = _checked(schema.StudyParams, values)
-    base = base or _of_file(_find(checked.run_file, values.file))
+    for place in (("overrides",), *(("arms", arm, "overrides") for arm in checked.arms)):
+        if (*place, "seed") in values.origins:
+            at = values.origins[*place, "seed"]
+            raise ParamsError(f"{at}: seed: nothing reads it here; a study's seeds are `seeds`")
+    base = base or _of_file(_find(checked.run_file, values.file, values.origins["run_file",]))
     places = {"name": name, "folder": root() / reports_dir / name}
     study = Study(**dict(checked), params_file=values.label, run_params_file=base.label, **places)
     study._given, study._base, study._origins, study._extra = given, base, values.origins, extra

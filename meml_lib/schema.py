@@ -100,6 +100,20 @@ TaskParams = Annotated[
 ]
 
 
+_OF_GSM8K = ("gold", "equations", "program")
+STYLES = {
+    "wordproblems": ("equations", "story", "groups"),
+    "gsm8k": _OF_GSM8K,
+    "gsm8k-test-resplit": _OF_GSM8K,
+    "mathqa": ("gold", "formula", "plain"),
+    "strategyqa": ("gold", "decomposition", "plain"),
+    "jsonl": ("gold",),
+}
+"""Task -> the ways in which it can write a solution."""
+MISTAKES = {"wordproblems": ("gain", "loss", "groups", "doubling", "sharing")}
+"""Task -> the kinds of event that a teacher can get wrong."""
+
+
 # --- experts ----------------------------------------------------------------------------------------------------------
 
 
@@ -108,9 +122,9 @@ class DerivedTeacher(Section):
 
     kind: Literal["derived"]
     style: Text
-    """One of the task's styles, e.g. equations, story, groups (wordproblems); gold, equations, program (gsm8k)."""
+    """One of STYLES[task.name]."""
     mistaken_on: Text | None = None
-    """Kind of event that this teacher gets wrong (wordproblems only); null: never wrong."""
+    """One of MISTAKES[task.name], the kind of event that this teacher gets wrong; null: never wrong."""
     mistaken_share: Share = 1.0
     """Share of the questions with such an event in which it makes its mistake."""
 
@@ -300,6 +314,12 @@ class ScratchModelParams(_Model):
     mlp_size: PositiveInt
     max_positions: PositiveInt
     """Longest prompt + answer, in tokens."""
+
+    @model_validator(mode="after")
+    def _heads_share_the_width(self):
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(f"hidden_size={self.hidden_size} must be a multiple of 2 x heads={self.heads}")
+        return self
 
 
 class HubModelParams(_Model):
@@ -521,6 +541,9 @@ class EvaluateParams(Section):
     """Sampled answers for pass@k, at the training temperature; 0 leaves pass@k out."""
 
 
+Tracker = Literal["tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio"]
+
+
 class HardwareParams(Section):
     """Where and how the work runs; changes no update."""
 
@@ -533,6 +556,19 @@ class HardwareParams(Section):
     """An accelerate config file (FSDP, several machines); null: plain data parallel."""
     micro_batch_tokens: PositiveInt
     """Tokens, padding included, of one forward and backward pass."""
+    cell_timeout_s: PositiveFloat | None
+    """A notebook's cell that runs longer fails its job, when run by `meml run`; null: never."""
+    job_timeout_s: PositiveFloat | None
+    """The same for a whole job (one notebook)."""
+
+
+class TrackingParams(Section):
+    """Where else a step's record goes, beside metrics.jsonl; changes no update."""
+
+    trackers: tuple[Tracker, ...]
+    """accelerate's names; each needs its own package. tensorboard's files lie in the stage's folder."""
+    project: Text
+    """The name under which services that need one file the run."""
 
 
 class RunParams(Section):
@@ -547,7 +583,34 @@ class RunParams(Section):
     riel: RielParams
     evaluate: EvaluateParams
     hardware: HardwareParams
+    tracking: TrackingParams
     seed: NonNegativeInt
+
+    @model_validator(mode="after")
+    def _counts_fit(self):
+        for name in ("validation_questions", "test_questions"):
+            there, asked = getattr(self.task, name, None), getattr(self.evaluate, name)
+            if there and asked and asked > there:
+                raise ValueError(f"evaluate.{name}={asked} exceeds task.{name}={there}")
+        asked, processes = self.riel.questions_per_step, self.hardware.processes
+        if asked < processes:
+            raise ValueError(f"riel.questions_per_step={asked} must be >= hardware.processes={processes}")
+        return self
+
+    @model_validator(mode="after")
+    def _teachers_fit_the_task(self):
+        for name in self.experts.panel:
+            teacher, place = self.experts.known[name].teacher, f"experts.known.{name}.teacher"
+            if teacher.kind != "derived":
+                continue
+            task = self.task.name
+            styles, mistakes = STYLES[task], MISTAKES.get(task, ())
+            if teacher.style not in styles:
+                raise ValueError(f"{place}.style={teacher.style!r} is none of the styles {list(styles)} of {task}")
+            if teacher.mistaken_on is not None and teacher.mistaken_on not in mistakes:
+                known = f"is none of {list(mistakes)}" if mistakes else f"must be null: {task} has no kinds of mistake"
+                raise ValueError(f"{place}.mistaken_on={teacher.mistaken_on!r} {known}")
+        return self
 
     @model_validator(mode="after")
     def _money_needs_prices(self):
@@ -600,9 +663,10 @@ class StudyParams(Section):
 
     @model_validator(mode="after")
     def _pairs_are_arms(self):
-        for name in (name for pair in self.comparisons for name in (pair.arm, pair.against)):
-            if name not in self.arms:
-                raise ValueError(f"compare names {name!r}, which is no arm; the arms are {list(self.arms)}")
+        for pair in self.comparisons:
+            for name in {pair.arm, pair.against} - self.arms.keys():
+                key = f"compare.{pair.table}.{pair.arm}.{pair.against}"
+                raise ValueError(f"{key} names {name!r}, which is no arm; the arms are {list(self.arms)}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds={list(self.seeds)} holds a seed twice")
         return self

@@ -14,7 +14,9 @@ from meml_lib.runs import RunFolder
 
 def run(stage: str, p: config.Run, on_record=None) -> None:
     folder = RunFolder(p.folder(stage))
-    for step in range(p.riel.steps if stage == "riel" else p.mef.steps):
+    steps = p.riel.steps if stage == "riel" else p.mef.steps
+    folder.write_json("progress", {"steps": steps, "doing": "training"})
+    for step in range(steps):
         record = {"step": step, "loss": 1.0 / (step + 1), "reward": 0.5}
         folder.append_metrics(record)
         on_record(record)

@@ -595,7 +595,7 @@ def test_a_line_says_how_far_how_fast_what_it_costs_and_how_long_it_will_take(wo
     monkeypatch.setattr(runs, "LOG_EVERY_S", 0.1)
     with FaultyServer(delay_s=0.6) as server:
         world.run(server.url, questions=16, teachers=PRICED, concurrency=4)
-    line = r"collect (\d+)/16, [\d.]+/s, cost ([\d.]+), about ([\d.]+) in all, \d+ s left"
+    line = r"collect answer (\d+)/16, [\d.]+ (?:answers/s|s/answer), \d:\d\d:\d\d left, cost ([\d.]+), about ([\d.]+) in all"
     told = [tuple(map(float, found)) for found in re.findall(line, capsys.readouterr().out)]
     assert told
     for there, cost, whole in told:  # four may have been paid for and not be on the disk yet

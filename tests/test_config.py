@@ -50,7 +50,8 @@ def test_text_1e_minus_6_becomes_a_number():
 
 
 def test_another_kind_of_task_or_model_replaces_and_the_same_kind_merges(params):
-    file = params("own.yaml", "use: [smoke.yaml, tasks/gsm8k.yaml]\nmodel: {source: hub, path: x/y, dtype: float32}\n")
+    file = params("own.yaml", "use: [smoke.yaml, tasks/gsm8k.yaml, experts/gsm8k.yaml]\nmodel: {source: hub, path: x/y, dtype: float32}\n"
+               "experts: {panel: [gold]}\n")
     p = load_run(file)
     assert isinstance(p.task, schema.ReleasedParams) and isinstance(p.model, schema.HubModelParams)
     same = load_run(file, {"task.name": "mathqa"})
@@ -109,12 +110,22 @@ def test_base_gives_every_value_that_no_part_gives():
         ("riel.steps=many", "riel.steps = 'many': must be a valid integer"),
         ("riel.steps=1.5", "riel.steps = 1.5: must be a valid integer"),
         ("riel.steps=true", "riel.steps = True: must not be a yes/no value"),
+        ("riel.steps='3'", "riel.steps = '3': must be a whole number, not text"),
+        ("mef.allow_test_questions=1", "mef.allow_test_questions = 1: must be true or false"),
+        ("riel.steps=null", "riel.steps = null: must be a valid integer"),
+        ("lr=1e-3", "lr is not a known key; did you mean 'mef.lr' or 'riel.lr'?"),
+        ("tracking.trackers=tensorboard", "tracking.trackers = 'tensorboard': must be a list"),
+        ("experts.known.story.teacher.style=storry", "teacher.style='storry' is none of the styles .*mean 'story'?"),
+        ("experts.known.story.teacher.mistaken_on=los", "mistaken_on='los' is none of .*did you mean 'loss'?"),
+        ("evaluate.test_questions=9", "evaluate.test_questions=9 exceeds task.test_questions=8"),
+        ("hardware.processes=3", "riel.questions_per_step=2 must be >= hardware.processes=3"),
+        ("model.heads=3", "hidden_size=32 must be a multiple of 2 x heads=3"),
         ("riel.lr=.inf", "riel.lr = inf: must be a finite number"),
         ("riel.objective.grpo.scale=sdt", "scale = 'sdt': must be one of 'none' or 'std'; did you mean 'std'?"),
         ("task.name=gsm9k", "task.name = 'gsm9k': must be one of .*did you mean 'gsm8k'?"),
         ("riel=3", "riel must be a mapping of keys; it is of type int"),
         ("model.lora.rank=4", "model.lora.alpha is missing: no file gives it"),
-        ("experts.panel=[storry]", "panel names 'storry', which experts.known lacks"),
+        ("experts.panel=[storry]", "override: experts: panel names 'storry', which experts.known lacks.*mean 'story'?"),
         ("riel.objective.buffer_sft.wrong_over=4", "wrong_over=4 must be < rollouts_per_expert=4"),
         ("riel.steps", "must read key=value"),
         ("riel.steps=", "must read key=value"),
@@ -135,6 +146,12 @@ def test_a_fault_names_file_and_line_and_all_faults_come_at_once(params):
     assert places == ["params/own.yaml:3", "params/own.yaml:4"]
     with pytest.raises(ParamsError, match=r"task is missing: no file gives it; use one of params/tasks/\*.yaml"):
         load_run(params("bare.yaml", "use: [base.yaml]\n"))
+
+
+def test_a_fault_between_values_names_the_place_of_each(params):
+    file = params("own.yaml", "use: [smoke.yaml]\nseed: 1\nmef: {epochs: 2}\n")
+    with pytest.raises(ParamsError, match=r"^params/own.yaml:3, params/smoke.yaml:\d+: mef: give exactly one of epochs=2.0 and"):
+        load_run(file)
 
 
 def test_a_run_is_frozen_and_shows_values_with_their_source():
@@ -193,8 +210,8 @@ def test_an_arm_uses_parts_of_run_files_and_its_own_overrides_win(params):
 @pytest.mark.parametrize(
     ("compare", "message"),
     [
-        ("{t: {full: {mulit: vote}}}", "compare names 'mulit', which is no arm"),
-        ("{t: {full: {multi: mean}}}", "compare.t.full.multi = 'mean': .*pattern"),
+        ("{t: {full: {mulit: vote}}}", r"^params/studies/own.yaml:2, .*compare.t.full.mulit names 'mulit', which is no arm.*mean 'multi'\?"),
+        ("{t: {full: {multi: mean_exprt}}}", r"own.yaml:2: compare.t.full.multi = 'mean_exprt': .*did you mean 'mean_expert'\?"),
         ("{t: {full: {multi: expert-3}}}", r"own.yaml:\d+: expert-3: the panel .* has positions 0 to 2"),
     ],
 )
@@ -232,6 +249,33 @@ def test_study_then_arm_then_seed_then_command_line(params):
         load_study(file)
     with pytest.raises(ParamsError, match="no arm 'c'"):
         study.run("c", 4)
+
+
+def test_a_study_names_where_its_own_values_stand(params):
+    text = "title: t\nrun_file: smoke.yaml\nseeds: [4]\narms:\n  a: {label: A, use: [objectives/grpo.yaml]}\nnotes: n\n"
+    study = load_study(params("studies/own.yaml", text), ["notes=other"])
+    rows = {key: (value, source) for key, value, source in study.rows()}
+    assert rows["seeds"] == ([4], "params/studies/own.yaml:3") and rows["notes"] == ("other", "override")
+    assert rows["arms.a.label"] == ("A", "params/studies/own.yaml:5") and rows["arms.a.last_stage"] == ("riel", "default")
+    assert rows["arms.a.overrides.riel.objective.mutual"][1].startswith("params/objectives/grpo.yaml:")
+    assert {source for _, source in rows.values()} > {"override", "default"}
+
+
+@pytest.mark.parametrize(("given", "source"), [([], "params/base.yaml:6"), (["seed=3"], "override")])
+def test_the_seed_of_a_run_file_names_its_own_place(given, source):
+    assert load_study("params/smoke.yaml", given).base_run().sources["seed"] == source
+
+
+@pytest.mark.parametrize("where", ["overrides: {seed: 3}\n", "arms: {a: {label: A, overrides: {seed: 3}}}\n"])
+def test_a_seed_that_nothing_would_read_is_refused(params, where):
+    text = "title: t\nrun_file: smoke.yaml\nseeds: [4]\n" + ("" if "arms" in where else "arms: {a: {label: A}}\n")
+    with pytest.raises(ParamsError, match=r"own.yaml:\d: seed: nothing reads it here"):
+        load_study(params("studies/own.yaml", text + where))
+
+
+def test_a_misspelt_arm_on_the_command_line_is_no_new_one():
+    with pytest.raises(ParamsError, match="override: arms.multii is not a known key; did you mean 'arms.multi'"):
+        load_study("params/studies/smoke.yaml", ["arms.multii.label=x"])
 
 
 def test_an_override_given_again_moves_behind_what_it_must_beat(params):

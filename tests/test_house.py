@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from meml_lib.pipeline import keys
+from meml_lib.pipeline import reach
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "meml_lib"
@@ -27,12 +27,13 @@ def place(file: Path) -> str:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(LIBRARY)))
 def test_a_module_imports_only_from_its_own_place_and_those_above(file):
-    own = place(file)
-    if own == "__init__":
-        assert not keys.imports(file.read_text(), "meml_lib")
-        return
+    own, source = place(file), file.read_text()
+    assert "import meml_lib" not in source  # `from meml_lib import ..` says what is used
     package = ".".join(("meml_lib", *file.relative_to(LIBRARY).parent.parts))
-    used = {name.split(".")[1] for name in keys.imports(file.read_text(), package) if "." in name}
+    used = {path.split(".")[1] for paths in reach.imports(ast.parse(source).body, package).values() for path in paths}
+    if own == "__init__":
+        assert not used
+        return
     assert own in ORDER and used <= set(ORDER[: ORDER.index(own) + 1])
 
 
@@ -86,9 +87,9 @@ def test_every_dependency_is_pinned_and_every_third_party_import_is_a_dependency
     pinned = {requirement(line) for line in lines}
     assert {requirement(line) for line in wanted} <= pinned
     roots = set().union(*map(imported_packages, FILES))
-    known_as = {"yaml": "pyyaml", "PIL": "pillow", "markdown_it": "markdown-it-py", "IPython": "ipython"}
+    known_as = {"yaml": "pyyaml", "PIL": "pillow", "markdown_it": "markdown-it-py"}
     roots -= {*sys.stdlib_module_names, "meml_lib"}
-    assert {known_as.get(name, name).lower() for name in roots} <= {requirement(line) for line in wanted}
+    assert {requirement(known_as.get(name, name)) for name in roots} <= {requirement(line) for line in wanted}
 
 
 def test_environment_yml_installs_the_project_itself_at_the_pinned_versions():

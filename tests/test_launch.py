@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -91,6 +94,44 @@ def test_a_folder_with_files_of_somebody_else_is_left_alone(run):
     assert own.read_text() == "years of work"
 
 
+def test_a_training_killed_at_its_very_start_or_while_it_cleared_up_goes_on(run):
+    folder = run().folder("mef")
+    folder.mkdir(parents=True)
+    (folder / ".status.json.999999999-torn").write_text('{"sta')  # killed while it wrote its first file
+    (folder.parent / ".stage1.gone" / "tables").mkdir(parents=True)  # or while it removed an incomplete result
+    (folder.parent / ".stage1.gone" / "values.json").write_text("{}")
+    assert len(launch.train("mef", run())) == 4
+    assert [file.name for file in folder.parent.iterdir() if file.name not in ("stage1", ".stage1.lock")] == []
+    assert not list(folder.glob(".*"))
+
+
+def test_the_first_file_of_a_training_says_that_it_is_one(run, monkeypatch):
+    written = []
+    real = RunFolder.write_json
+
+    def write(folder, name, value):
+        written.append(name)
+        return real(folder, name, value)
+
+    monkeypatch.setattr(RunFolder, "write_json", write)
+    launch.train("mef", run())
+    assert written[0] == "status" and "values" in written
+
+
+def test_the_port_that_an_accelerate_config_names_must_be_free(run, tmp_path):
+    file = tmp_path / "accelerate.yaml"
+    p = run("hardware.processes=2", f"hardware.accelerate_config={file}")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        file.write_text(f"main_process_port: {port}\nmachine_rank: 0\n")
+        with pytest.raises(OSError, match=f"accelerate.yaml: main_process_port={port} is in use"):
+            launch.train("mef", p)
+        assert RunFolder(p.folder("mef")).status["state"] == "absent"
+        for other in (f"main_process_port: {port}\nmachine_rank: 1\n", "main_process_port: 0\n", "num_machines: 1\n"):
+            file.write_text(other)
+            launch._check_port(p)
+
+
 def test_the_manifest_and_values_are_written(run):
     launch.train("mef", run("seed=5"))
     folder = RunFolder(run().folder("mef"))
@@ -103,8 +144,15 @@ def test_nan_in_a_metric_or_an_infinite_number_in_a_table_is_a_fault(run):
     folder = RunFolder(run().folder("mef"))
     (folder.path / "metrics.jsonl").write_text('{"step": 0, "loss": NaN}\n')
     assert outputs.metrics_faults(folder) == [f"{folder.path}/metrics.jsonl: loss = nan at step 0"]
-    folder.write_table("test_greedy", folder.read_table("test_greedy").assign(tokens=float("inf")))
-    assert "infinite number in tokens" in outputs.table_faults(folder, "test_greedy", ["tokens"])[0]
+    good = folder.read_table("test_greedy")
+    for name, second in (("tokens", float("inf")), ("tokens", float("nan")), ("text", None), ("logp", float("nan"))):
+        first = "1" if name == "text" else 1.0
+        values = [first, second, first]
+        folder.write_table("test_greedy", good.assign(**{name: values}))
+        fault = f"column {name}: 1 of 3 values are null, NaN or infinite, the first in row 2"
+        assert outputs.table_faults(folder, "test_greedy", ["tokens", "text"])[0].endswith(fault)
+    folder.write_table("test_greedy", good.assign(answer=None, correct=float("nan")))  # all unreadable
+    assert not outputs.table_faults(folder, "test_greedy", ["answer", "correct", "text"])
     assert "no column gold" in outputs.table_faults(folder, "test_greedy", ["gold"])[0]
     folder.table("test_greedy").write_bytes(b"PAR1")
     assert "broken" in outputs.table_faults(folder, "test_greedy", [])[0]
@@ -132,43 +180,28 @@ def test_a_sign_of_trouble_is_printed_once(run, capsys, monkeypatch, watched):
     lines = [line for line in shown.out.splitlines() if "sign of trouble" in line]
     assert ["at step 20, buffer never fills: at most 8" in line for line in lines] == [True]
     assert ("40/40" in shown.err) == watched
+    assert ("riel step 40/40" in shown.out) != watched
 
 
 # --- code -------------------------------------------------------------------------------------------------------------
 
 
-def test_comments_docstrings_and_layout_are_no_change_and_code_is():
-    one = '"""Doc."""\nclass A:\n    """Doc."""\n    x: int = 1\n    """Of x."""\n\ndef f(a):  # why\n    return a + 1\n'
-    same = "class A:\n    x: int = 1\ndef f(\n    a,\n): return (a + 1)"
-    assert keys.normalised(one) == keys.normalised(same)
-    assert keys.normalised(one) != keys.normalised(one.replace("a + 1", "a - 1"))
-    assert keys.normalised("def f():\n    'doc'") == keys.normalised("def f(): pass")
-
-
-def test_imports_are_found_at_the_top_in_functions_and_relative():
-    source = "from meml_lib import runs\ndef f():\n  from ..tasks import gsm8k\n  import meml_lib.analysis.stats, os\n"
-    assert keys.imports(source, "meml_lib.training") == {
-        "meml_lib",
-        "meml_lib.runs",
-        "meml_lib.tasks",
-        "meml_lib.tasks.gsm8k",
-        "meml_lib.analysis",
-        "meml_lib.analysis.stats",
-    }
-
-
-def test_a_stage_depends_on_its_own_code_only(run):
+def test_a_loss_of_stage_2_is_none_of_stage_1(run):
     mef, riel = (set(keys.stage_parts(stage, run())["code"]) for stage in ("mef", "riel"))
-    assert riel - mef == {"training/riel.py", "training/credit.py", "training/buffer.py"}
-    assert {"training/losses.py", "tasks/wordproblems.py", "rollouts/native.py"} <= mef
-    assert not {"config.py", "schema.py", "tasks/gsm8k.py", "analysis/figures.py", "pipeline/launch.py"} & riel
+    assert {"training/losses.py: mutual_loss", "training/buffer.py: HardExampleBuffer"} <= riel - mef
+    assert {"training/losses.py: mef", "training/mef.py: select", "training/stage.py: _mef"} <= mef - riel
+    both = {"training/losses.py: weighted_nll", "tasks/wordproblems.py: WordProblems", "rollouts/native.py: sample"}
+    assert both <= mef & riel
+    files = {place.partition(":")[0] for place in mef | riel}
+    assert not {"config.py", "schema.py", "tasks/gsm8k.py", "analysis/figures.py", "pipeline/launch.py"} & files
 
 
 def test_a_data_file_is_an_input(tmp_path, run):
     file = tmp_path / "own.jsonl"
     file.write_text('{"question": "?", "answer": "1"}\n')
     task = {"name": "jsonl", "path": str(file), "answer": "number", "validation_share": 0.1, "test_share": 0.1}
-    p = config.load_run("params/smoke.yaml", {"task": task | {"split_seed": 0}})
+    known = {"only": {"system": "answer", "teacher": {"kind": "derived", "style": "gold"}}}
+    p = config.load_run("params/smoke.yaml", {"task": task | {"split_seed": 0}, "experts": {"panel": ["only"], "known": known}})
     before = keys.stage_parts("mef", p)
     file.write_text('{"question": "?", "answer": "2"}\n')
     assert keys.reasons(before, keys.stage_parts("mef", p)) == [f"{file} changed"]
@@ -245,8 +278,8 @@ def test_ending_a_group_ends_grandchildren():
 
 def test_a_child_ends_with_a_parent_that_is_killed():
     code = (
-        "import subprocess; from meml_lib.pipeline.processes import end_with_parent\n"
-        "p = subprocess.Popen(['sleep', '60'], preexec_fn=end_with_parent); print(p.pid, flush=True); p.wait()"
+        "import subprocess; from meml_lib.pipeline.processes import with_parent\n"
+        "p = subprocess.Popen(['sleep', '60'], preexec_fn=with_parent()); print(p.pid, flush=True); p.wait()"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     child = int(process.stdout.readline())
@@ -258,9 +291,24 @@ def test_a_child_ends_with_a_parent_that_is_killed():
     assert not _alive(child)
 
 
+def test_a_child_whose_parent_ended_before_it_could_ask_ends_at_once():
+    code = "from meml_lib.pipeline.processes import end_with_parent\nend_with_parent({})\nprint('went on')"
+    for parent, left in ((os.getpid(), (0, b"went on\n")), (os.getppid(), (-signal.SIGTERM, b""))):
+        found = subprocess.run([sys.executable, "-c", code.format(parent)], stdout=subprocess.PIPE, check=False)
+        assert (found.returncode, found.stdout) == left
+
+
 def _alive(pid: int) -> bool:
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_a_second_sigterm_does_not_break_off_the_unwinding_of_the_first():
+    code = "import os, signal; from meml_lib.pipeline import processes\nprocesses.sigterm_as_interrupt()\n"
+    code += "def end(): os.kill(os.getpid(), signal.SIGTERM)\n"
+    code += "try:\n    end()\nexcept KeyboardInterrupt:\n    end()\n    print('unwound')"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout, found.stderr) == (0, "unwound\n", "")

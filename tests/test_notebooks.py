@@ -60,6 +60,13 @@ def test_the_first_code_cell_holds_the_parameters_and_only_literals(name):
 
 
 @pytest.mark.parametrize("name", FILES)
+def test_the_second_code_cell_checks_the_values_before_anything_else_is_loaded(name):
+    made, call = ("p", "from_notebook") if name in OF_RUN else ("study", "study_from_notebook")
+    expected = f"from meml_lib import config\n\n{made} = config.{call}(globals())\n{made}"
+    assert code_cells(name)[1].source == expected
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_a_cell_chooses_calls_or_shows_and_computes_nothing(name):
     work = (ast.ClassDef, ast.FunctionDef, ast.Lambda, ast.For, ast.While, ast.If, ast.IfExp, ast.Try, ast.With)
     work += (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.BinOp)

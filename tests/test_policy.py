@@ -1,5 +1,9 @@
 """Rendering under every kind of chat template, answers with their end token, and saving."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -126,3 +130,19 @@ def test_lora_trains_adapters_only_and_saves_merged(policy, tmp_path):
 def test_a_missing_gguf_package_says_what_to_do():
     with pytest.raises(FileNotFoundError, match="make smollm2"):
         policies.gguf_file("package:no_such_package")
+
+
+def test_without_a_network_a_model_comes_from_the_hubs_cache(tmp_path, policy):
+    cached = tmp_path / "hub" / "models--a--b"
+    policy.save(cached / "snapshots" / ("0" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
+    code = "from meml_lib import schema\nfrom meml_lib.training import policy\n"
+    code += "model = schema.HubModelParams(source='hub', path='a/{}', dtype='float32')\n"
+    code += "print(policy.load(model, device='cpu', words=(), seed=0).model.num_parameters())"
+    offline = os.environ | {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    weights = f"{policy.model.num_parameters()}\n"
+    for name, printed, said in (("b", weights, ""), ("c", "", "'a/c' could not be loaded")):
+        command = [sys.executable, "-c", code.format(name)]
+        found = subprocess.run(command, env=offline, capture_output=True, text=True, check=False)
+        assert found.stdout == printed and said in found.stderr, found.stderr

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from statsmodels.stats.proportion import proportion_confint
 
-from meml_lib import config, schema
+from meml_lib import config, runs, schema
 from meml_lib.analysis import claims, readable, report
 from meml_lib.analysis.measures import ArmResult, Measured
 from meml_lib.runs import RunFolder
@@ -117,7 +117,8 @@ def fill(study: config.Study, rng: np.random.Generator) -> None:
                     records = metrics(rng, panel, [name for name, values in run.riel.objective if values is not None])
                 for record in records:
                     folder.append_metrics(record)
-                folder.write_manifest(wall_s=12.0, inputs={})
+                runs.write_manifest(folder, inputs={})
+                runs.end_manifest(folder, wall_s=12.0)
                 folder.set_status("done")
 
 
@@ -350,6 +351,36 @@ def test_what_has_not_run_is_listed(spare):
 def test_a_study_without_any_run_still_reports(tmp_path):
     page = report.write(config.load_study("studies/smoke.yaml", reports_dir=tmp_path)).read_text()
     assert "Some training stages have no result" in page and "multi stage 2: not run" in page
+
+
+def test_a_report_by_uncommitted_code_says_so_first_and_where_the_changes_are(tmp_path, monkeypatch):
+    study = config.load_study("studies/smoke.yaml", reports_dir=tmp_path)
+    monkeypatch.setattr(runs, "tree", lambda: runs.Tree("c" * 40, b"a diff"))
+    page = report.write(study).read_text()
+    head, mark = [line for line in (study.folder / "report" / "report.md").read_text().splitlines() if line][:2]
+    assert head.startswith("# ") and mark.startswith("> **Uncommitted changes:") and "The code of this report differed" in mark
+    (file,) = re.findall(r"`(report/changes-\w+\.patch)`", mark)
+    assert (study.folder / file).read_bytes() == b"a diff"
+    assert page.index("</h1>") < page.index("<blockquote>") < page.index("Uncommitted changes:") < page.index("<h2")
+    monkeypatch.setattr(runs, "tree", lambda: runs.Tree("c" * 40, b""))
+    assert "Uncommitted" not in report.write(study).read_text()
+
+
+def test_stages_by_uncommitted_code_are_counted_and_their_changes_named(spare):
+    dirty = {"dirty": True, "changes": "../../../../changes-1.patch"}
+    folders = [RunFolder(spare.run("full", seed).folder("riel")) for seed in (0, 1)]
+    folders += [RunFolder(spare.run("multi", 0).folder("riel"))]
+    for folder, changes in zip(folders, ({}, {"changes": "changes-2.patch"}, {"changes": None}), strict=True):
+        folder.write_json("manifest", folder.read_json("manifest") | dirty | changes)
+    data = report.gather(spare)
+    marked = {("full", 0, "stage 2"), ("full", 1, "stage 2"), ("multi", 0, "stage 2")}
+    for stage in data["stages"]:  # whatever the tree is that this test runs on
+        stage["dirty"] = (stage["name"], stage["seed"], stage["stage"]) in marked
+    data["commit"]["dirty"] = False
+    said = readable.uncommitted(data)
+    done = sum(stage["state"] == "done" for stage in data["stages"])
+    assert f"The code of 3 of {done} training stages differed" in said and "(some were not kept)" in said
+    assert "`changes-1.patch`, `runs/full/seed-1/stage2/changes-2.patch`" in said
 
 
 def test_seeds_tested_on_other_questions_are_an_error(spare):

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -78,28 +79,129 @@ def test_a_lock_keeps_others_out_and_ends_with_its_process(tmp_path):
         assert int(lock.read_text()) == os.getpid()
 
 
+# --- provenance -------------------------------------------------------------------------------------------------------
+
+
 def test_the_manifest_names_its_makings_and_no_secret(tmp_path, monkeypatch):
+    monkeypatch.delenv(runs.COMMAND, raising=False)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    monkeypatch.setattr(sys, "argv", ["meml", "api_key=hf_secret", "sampling.max_answer_tokens=96"])
-    RunFolder(tmp_path).write_manifest(seed=3)
+    words = ["api_key=abc", "extra={api_key: abc, n: 3}", "sampling.max_answer_tokens=96"]
+    monkeypatch.setattr(sys, "argv", ["/bin/meml", *words])
+    facts = {"note": "asked with hf_secret", "overrides": {"x.api_key": "abc", "x.key_from": "HF_TOKEN"}, "seed": 3}
+    runs.write_manifest(RunFolder(tmp_path), **facts)
     text = (tmp_path / "manifest.json").read_text()
     manifest = json.loads(text)
-    assert manifest["seed"] == 3 and manifest["packages"]["torch"] and manifest["hardware"]["cores"] >= 1
-    assert manifest["command"] == ["meml", "api_key=...", "sampling.max_answer_tokens=96"]
-    assert "hf_secret" not in text
+    assert manifest["packages"]["torch"] and manifest["hardware"]["cores"] >= 1 and manifest["seed"] == 3
+    assert manifest["command"] == "meml api_key=... 'extra={api_key: ..., n: 3}' sampling.max_answer_tokens=96"
+    assert manifest["note"] == "asked with ..."
+    assert manifest["overrides"] == {"x.api_key": "...", "x.key_from": "HF_TOKEN"}
+    assert "hf_secret" not in text and "abc" not in text and "PATH" not in text
+    runs.end_manifest(RunFolder(tmp_path), wall_s=2.5)
+    ended = RunFolder(tmp_path).read_json("manifest")
+    assert ended.pop("peak_memory_mib") > 10 and ended.pop("wall_s") == 2.5 and ended == manifest
 
 
-def test_a_committed_report_written_anew_is_no_change_of_the_sources(tmp_path, monkeypatch):
+def test_peak_memory_counts_a_child_that_was_larger_and_has_ended(tmp_path):
+    runs.write_manifest(RunFolder(tmp_path))
+    subprocess.run([sys.executable, "-c", "held = b'x' * (1200 << 20)"], check=True)
+    runs.end_manifest(RunFolder(tmp_path))
+    assert RunFolder(tmp_path).read_json("manifest")["peak_memory_mib"] >= 1200
+
+
+def test_the_command_is_what_a_person_typed_also_below_meml_and_in_a_kernel(monkeypatch):
+    monkeypatch.setenv(runs.COMMAND, "meml run params/demo.yaml")
+    assert runs.command() == "meml run params/demo.yaml"
+    monkeypatch.delenv(runs.COMMAND)
+    code = "from meml_lib import runs; runs.in_kernel = lambda: True; print(runs.command())"
+    starter = "import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', sys.argv[1]]).returncode)"
+    words = [sys.executable, "-c", starter, code, "--IdentityProvider.token=abc"]
+    environment = os.environ | {"JPY_SESSION_NAME": "notebooks/02_mef.ipynb"}
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
+    if sys.platform == "linux":
+        assert done.stdout.endswith(" --IdentityProvider.token=... notebooks/02_mef.ipynb\n")
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A git repository that runs.py takes for its own: write(name, text)."""
+    here = tmp_path / "checkout"
+
+    def write(name: str, text: str | bytes) -> None:
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+
     for name in ("meml_lib/runs.py", "reports/demo/report.md", "params/demo.yaml"):
-        (tmp_path / name).parent.mkdir(parents=True)
-        (tmp_path / name).write_text("before\n")
+        write(name, "before\r\n \n")
+    write(".gitignore", "__pycache__/\n")
     identity = ["-c", "user.name=t", "-c", "user.email=t@t"]
     for words in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "first"]):
-        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
-    monkeypatch.setattr(runs, "__file__", str(tmp_path / "meml_lib" / "runs.py"))
-    monkeypatch.chdir(tmp_path / "params")
+        subprocess.run(["git", "-C", str(here), *words], check=True)
+    monkeypatch.setattr(runs, "__file__", str(here / "meml_lib" / "runs.py"))
+    monkeypatch.chdir(here / "params")
+    write.here = here
+    return write
+
+
+def test_a_committed_report_written_anew_is_no_change_of_the_sources(checkout, tmp_path):
+    checkout("reports/demo/report.md", "after\n")
+    checkout("meml_lib/__pycache__/runs.pyc", b"\0")
+    checkout("reports/mine/report.md", "new\n")
+    checkout("scratch.txt", "new\n")
     assert runs.provenance()["dirty"] is False
-    (tmp_path / "reports/demo/report.md").write_text("after\n")
-    assert runs.provenance()["dirty"] is False
-    (tmp_path / "params/demo.yaml").write_text("after\n")
+    folder = RunFolder(tmp_path / "run")
+    runs.write_manifest(folder)
+    assert os.listdir(folder.path) == ["manifest.json"] and folder.read_json("manifest")["changes"] is None
+    checkout("params/mine.yaml", "new\n")
     assert runs.provenance()["dirty"] is True
+
+
+def test_the_commit_and_the_kept_changes_rebuild_the_code_that_ran(checkout, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "my-own-secret")
+    subprocess.run(["git", "-C", str(checkout.here), "config", "diff.noprefix", "true"], check=True)
+    checkout("params/demo.yaml", "after\r\n \n")
+    checkout("meml_lib/new.py", b"latin \xe9\nkey = 'my-own-secret'\n")
+    checkout("notebooks/binary", b"\0\1\2")
+    (checkout.here / "meml_lib/runs.py").unlink()
+    folder = RunFolder(tmp_path / "run")
+    runs.write_manifest(folder)
+    manifest = folder.read_json("manifest")
+    again = tmp_path / "again"
+    subprocess.run(["git", "clone", "-q", str(checkout.here), str(again)], check=True)
+    subprocess.run(["git", "-C", str(again), "checkout", "-q", manifest["commit"]], check=True)
+    subprocess.run(["git", "-C", str(again), "apply", str(folder.path / manifest["changes"])], check=True)
+    assert not (again / "meml_lib/runs.py").exists()
+    assert (again / "params/demo.yaml").read_bytes() == b"after\r\n \n"
+    assert (again / "notebooks/binary").read_bytes() == b"\0\1\2"
+    assert (again / "meml_lib/new.py").read_bytes() == b"latin \xe9\nkey = '...'\n"
+
+
+def test_the_jobs_and_stages_of_a_study_share_its_patch_until_the_code_changes_again(checkout, tmp_path):
+    checkout("meml_lib/runs.py", "after\n")
+    places = ("study", "study/jobs/a", "study/runs/full/seed-0/stage2")
+    study, job, stage = (RunFolder(tmp_path / place) for place in places)
+    for folder in (study, job):
+        runs.write_manifest(folder)
+    name = study.read_json("manifest")["changes"]
+    assert job.read_json("manifest")["changes"] == f"../../{name}" and os.listdir(job.path) == ["manifest.json"]
+    checkout("meml_lib/runs.py", "later\n")
+    runs.write_manifest(stage)
+    other = stage.read_json("manifest")["changes"]
+    assert (stage.path / other).read_text() != (study.path / name).read_text() and "/" not in other
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write_and_a_living_ones_stays(tmp_path):
+    folder = RunFolder(tmp_path)
+    names = ("status.json.999999999", f"status.json.{os.getpid()}", "a.json.999999999")
+    dead, alive, other = (tmp_path / f".{name}-x" for name in names)
+    for file in (dead, alive, other):
+        file.write_text("{")
+    folder.set_status("done")
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([alive.name, other.name, "status.json"])
+
+
+def test_little_space_is_told_with_its_folder(tmp_path, monkeypatch):
+    assert runs.little_space(tmp_path) == ""
+    for free, told in ((4096, "4,096 bytes"), (3 * 2**20, "3 MiB")):
+        monkeypatch.setattr(runs.shutil, "disk_usage", lambda place: SimpleNamespace(free=free))
+        said = f"; the disk of {tmp_path}/new has only {told} left: make room on it"
+        assert runs.little_space(tmp_path / "new", "; ") == said

@@ -175,7 +175,7 @@ def test_a_data_set_of_the_hub_may_be_a_local_folder(task, tmp_path):
     frame.to_parquet(tmp_path / "traces" / "test.parquet")
     panel = [expert(hub={"name": str(tmp_path / "traces"), "split": "test"})]
     assert experts.teacher_answers(task, panel)["correct"].tolist() == [True, True]
-    with pytest.raises(RuntimeError, match="traces', config None, split 'train' could not be loaded .* path: instead"):
+    with pytest.raises(RuntimeError, match="traces', config None, split 'train' could not be loaded: .* path: instead"):
         experts.teacher_answers(task, [expert(hub={"name": str(tmp_path / "traces")})])
 
 

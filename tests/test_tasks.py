@@ -24,6 +24,11 @@ SPLITS = ("train", "validation", "test")
 PARAMS = Path(__file__).parents[1] / "params" / "tasks"
 
 
+def test_the_values_may_name_the_styles_and_mistakes_that_stories_have():
+    assert schema.STYLES["wordproblems"] == tuple(wordproblems.STYLES)
+    assert schema.MISTAKES["wordproblems"] == wordproblems.KINDS
+
+
 def world(**changes):
     values = yaml.safe_load((PARAMS / "wordproblems.yaml").read_text())["task"]
     sizes = {"train_questions": 1500, "validation_questions": 100, "test_questions": 200}

@@ -92,6 +92,23 @@ def commit(made: Record, digits: int = 10) -> str:
     return (made["commit"] or "unknown")[:digits] + (" + uncommitted changes" if made["dirty"] else "")
 
 
+def uncommitted(data: Record) -> str:
+    """What code that no commit holds has made, and where its changes stand; empty: nothing."""
+    done = [stage for stage in data["stages"] if stage["state"] == "done"]
+    dirty = [stage for stage in done if stage["dirty"]]
+    made = [f"{len(dirty)} of {len(done)} training stages"] if dirty else []
+    made += ["this report"] if data["commit"]["dirty"] else []
+    if not made:
+        return ""
+    kept = {record["changes"] for record in (*dirty, data["commit"]) if record["dirty"]}
+    files = ", ".join(f"`{file}`" for file in sorted(kept - {None})) + " (some were not kept)" * (None in kept)
+    return (
+        f"**Uncommitted changes: no commit makes these numbers again.** The code of {' and of '.join(made)} differed"
+        f" from its commit. The changes, in the study's folder, for `git apply`: {files}. The table of runs says which"
+        " run is meant."
+    )
+
+
 def _frame(rows: Iterable[Record]) -> pd.DataFrame:
     frame = pd.DataFrame(list(rows), dtype=object)
     return frame.where(frame.notna(), "—")

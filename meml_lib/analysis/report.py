@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -83,7 +84,7 @@ def gather(study: config.Study) -> dict[str, Any]:
     speaks: dict[str, str] = {}  # arm -> where the scores of its stage 1 stand: under an arm that ends there, if any
     for arms in study.stage1_groups().values():
         speaks |= dict.fromkeys(arms, max(arms, key=lambda arm: study.arms[arm].last_stage == "mef"))
-    fullest, base, here = _fullest(results), study.base_run(), runs.provenance()
+    fullest, base, here = _fullest(results), study.base_run(), runs.tree()
     teachers = [_teachers(panel, folder.read_table("teacher_answers")) for panel, _, folder in _answered(study)]
     scores = [score for result in results for score in result.scores()]
     data = {
@@ -92,7 +93,7 @@ def gather(study: config.Study) -> dict[str, Any]:
         "params_file": study.params_file,
         "run_file": study.run_params_file,
         "command": command(study),
-        "commit": {key: here[key] for key in ("commit", "dirty")},
+        "commit": {"commit": here.commit, "dirty": here.dirty, "changes": None},
         "seeds": study.seeds,
         "values": base.values(),
         "panel": base.experts.panel,
@@ -160,8 +161,9 @@ def _stage(study: config.Study, name: str, arm: str, seed: int, stage: config.St
     state, message = folder.status["state"], folder.status["message"]
     done, path = state == "done", folder.path.relative_to(study.folder)
     manifest = folder.read_json("manifest") if done else {}
-    keys = ("commit", "dirty", "python", "packages", "hardware", "wall_s", "peak_memory_mib", "inputs")
+    keys = ("commit", "dirty", "changes", "python", "packages", "hardware", "wall_s", "peak_memory_mib", "inputs")
     made = {key: manifest.get(key) for key in keys} | {"model_kept": any(folder.path.glob("model/*.safetensors"))}
+    made["changes"] = made["changes"] and os.path.normpath(path / made["changes"])
     label = study.arms[arm].label if stage == "riel" else readable.stage1_label(run.experts.panel)
     head = {"name": name, "label": label, "seed": seed, "stage": STAGES[stage], "folder": str(path)}
     facts = {"state": "not run" if state == "absent" else state, "message": message, "training": None, "signs": []}
@@ -363,6 +365,8 @@ def write(study: config.Study) -> Path:
     """
     folder = study.folder / "report"
     data = gather(study)
+    if changes := runs.keep_changes(runs.tree(), folder):
+        data["commit"]["changes"] = os.path.normpath(Path(folder.name) / changes)
     frames = tables(data)
     for part in ("tables", "figures"):  # what an earlier report left must not stand beside this one's
         shutil.rmtree(folder / part, ignore_errors=True)
@@ -389,6 +393,7 @@ def write(study: config.Study) -> Path:
         missing=[row for row in readable.run_rows(data["stages"]) if row["state"] != "done"],
         trained=sorted({readable.commit(stage, 40) for stage in done}),
         written=readable.commit(data["commit"], 40),
+        uncommitted=readable.uncommitted(data),
         values=yaml.safe_dump(data["values"], sort_keys=False, allow_unicode=True, width=120).strip(),
     )
     (folder / "report.md").write_text(text, encoding="utf-8")

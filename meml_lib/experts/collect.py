@@ -279,12 +279,14 @@ def run(p: config.Run) -> Collected:
 
 
 def _in_a_thread(collecting: _Collecting) -> None:
-    with concurrent.futures.ThreadPoolExecutor(1) as thread, closing(_Display(collecting)) as display:
+    progress = runs.Progress("collect", "answer")
+    with concurrent.futures.ThreadPoolExecutor(1) as thread, closing(progress):
         future = thread.submit(asyncio.run, collecting.main())
         try:
             while not future.done():
+                progress.show(collecting.done, collecting.total, collecting.standing())
                 concurrent.futures.wait([future], timeout=0.5)
-                display.show()
+            progress.show(collecting.done, collecting.total, collecting.standing())
         finally:  # interrupted: what has arrived is still stored
             collecting.cancel()
         future.result()
@@ -295,7 +297,7 @@ class _Collecting:
 
     def __init__(self, p: config.Run, teachers: list[_Teacher], questions: list[tasks.Question]):
         self.p, self.teachers, self.questions = p.collect, teachers, questions
-        self.seconds, self._started = 0.0, time.monotonic()
+        self.seconds = 0.0
         self._task: tuple[asyncio.AbstractEventLoop, asyncio.Task] | None = None
         self._cancelled = False
         self._there: set[tuple[str, str, int]] = set()
@@ -374,7 +376,7 @@ class _Collecting:
     async def main(self) -> None:
         self._task = asyncio.get_running_loop(), asyncio.current_task()
         self._budget = _Budget(self.p.budget, self._spent_before)
-        self._started = time.monotonic()
+        started = time.monotonic()
         async with AsyncExitStack() as clients:
             for place in {(teacher.params.base_url, teacher.key) for teacher in self.teachers}:
                 client = openai.AsyncOpenAI(
@@ -393,7 +395,7 @@ class _Collecting:
             except BaseExceptionGroup as group:  # of the first worker that failed; the others were ended for it
                 raise group.exceptions[0] from None
             finally:
-                self.seconds = time.monotonic() - self._started
+                self.seconds = time.monotonic() - started
 
     def _requests(self) -> Iterator[_Request]:
         for question in self.questions:
@@ -521,10 +523,6 @@ class _Collecting:
         said = f"{'cost ' if unit == 'money' else ''}{figures[0]}" + (f", about {figures[1]} in all" if new else "")
         return said + (f"; stopped: {stopped}" if stopped else "")
 
-    def rate(self) -> float:
-        """Answers a second."""
-        return sum(teacher.new for teacher in self.teachers) / max(time.monotonic() - self._started, 1e-9)
-
     def summary(self) -> Collected:
         import pandas as pd
 
@@ -565,28 +563,3 @@ def _spending(record: dict[str, Any]) -> Counter[str]:
 
 def _counts(counter: Counter[str]) -> str:
     return ", ".join(f"{kind}: {count}" for kind, count in counter.items()) or "-"
-
-
-class _Display:
-    """A bar where a person watches; a line every few seconds where nobody does."""
-
-    def __init__(self, collecting: _Collecting):
-        from tqdm.auto import tqdm
-
-        self._of, self._said_at = collecting, time.monotonic()
-        counts = {"total": collecting.total, "initial": collecting.done}
-        self._bar = tqdm(desc="collect", unit="answer", leave=False, disable=not runs.watched(), **counts)
-
-    def show(self) -> None:
-        done, now = self._of.done, time.monotonic()
-        if not self._bar.disable:
-            self._bar.update(done - self._bar.n)
-            self._bar.set_postfix_str(self._of.standing())
-        elif now - self._said_at >= runs.LOG_EVERY_S:
-            self._said_at, rate = now, self._of.rate()
-            left = f", {(self._of.total - done) / rate:.0f} s left" if rate else ""
-            print(f"collect {done}/{self._of.total}, {rate:.1f}/s, {self._of.standing()}{left}", flush=True)
-
-    def close(self) -> None:
-        self.show()
-        self._bar.close()

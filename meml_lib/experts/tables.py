@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from meml_lib import config, schema
 from meml_lib.experts import store
-from meml_lib.tasks import Task, plain
+from meml_lib.tasks import Task, hub, plain
 
 LEFT_OUT = ("unknown_question", "duplicate", "asked_otherwise", "another_model")
 """Why a row is not taken."""
@@ -187,13 +187,9 @@ def _from_hub(name: str, part: str | None, split: str) -> list[dict]:
     import datasets
 
     local = config.locate(name)
-    try:
+    instead = "put the data set into a folder and name that, or save the split as parquet and give path: instead of hub:"
+    with hub.asked_for(f"teacher.hub: {name!r}, config {part!r}, split {split!r}", instead, here=local.is_dir()):
         return datasets.load_dataset(str(local) if local.is_dir() else name, part, split=split).to_list()
-    except Exception as error:  # whatever kept it from loading, the ways out are the same
-        raise RuntimeError(
-            f"teacher.hub: {name!r}, config {part!r}, split {split!r} could not be loaded ({error}). Without the hub, "
-            "put the data set into a folder and name that, or save the split as parquet and give path: instead of hub:"
-        ) from error
 
 
 def _parquet(path: Path) -> list[dict]:

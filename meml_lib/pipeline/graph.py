@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from meml_lib import config, runs, schema
-from meml_lib.pipeline import keys, outputs, processes
+from meml_lib.pipeline import keys, outputs, reach, watch
 from meml_lib.runs import RunFolder
 
 
@@ -37,8 +38,10 @@ class Job:
     """Files that it must leave behind, besides the stage's own."""
     adds_to: tuple[str, ...] = ()
     """Inputs to which it adds itself: stores of collected answers."""
+    cell_timeout_s: float | None = None
+    job_timeout_s: float | None = None
 
-    @property
+    @cached_property
     def run(self) -> config.Run | None:
         """The run of a job whose notebook takes a run file."""
         if "run_dir" not in self.parameters:
@@ -60,12 +63,11 @@ class Job:
         """All that the job's outputs depend on; with `parents`, also what those left behind."""
         notebook, run = config.root() / self.notebook, self.run
         cells = code_cells(notebook)
-        skip = keys.VALUES_ONLY | (keys.other_tasks(run.task.name) if run else set())
         files = keys.input_files(run) if run else {}
         parts: keys.Parts = {
             "values": self.values,
-            "code": keys.code(sorted(keys.imports("\n".join(cells))), skip),
-            "notebook": {f"{self.notebook} cell {n}": keys.normalised(cell) for n, cell in enumerate(cells)},
+            "code": reach.code_of("\n".join(cells.values()), keys.not_reached(self.stage, run)),
+            "notebook": {f"{self.notebook} code cell {n}": reach.normalised(cell) for n, cell in cells.items()},
             "inputs": {name: runs.hash_file(file) for name, file in files.items()},
             "versions": runs.versions(keys.VERSIONS),
         }
@@ -101,11 +103,15 @@ class Job:
         return keys.key({str(file): {"": runs.hash_file(file)} for file in sorted(files)})
 
 
-def code_cells(notebook: Path) -> list[str]:
-    """A notebook's code, cell by cell; lines that are IPython's (% and !) left out. The parameter cell is no code."""
+def code_cells(notebook: Path) -> dict[int, str]:
+    """Number among the code cells, from 1 -> code; without the parameter cell and lines of IPython's (% and !).
+
+    Text cells are not counted: a new one must not rename those behind it.
+    """
     cells = [cell for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
-    sources = ["".join(cell["source"]) for cell in cells if "parameters" not in cell["metadata"].get("tags", [])]
-    return ["\n".join(line for line in source.splitlines() if line[:1] not in ("%", "!")) for source in sources]
+    code = {n: cell for n, cell in enumerate(cells, start=1) if "parameters" not in cell["metadata"].get("tags", [])}
+    lines = {n: "".join(cell["source"]).splitlines() for n, cell in code.items()}
+    return {n: "\n".join(line for line in own if line[:1] not in ("%", "!")) for n, own in lines.items()}
 
 
 def jobs(study: config.Study) -> dict[str, Job]:
@@ -120,6 +126,8 @@ def jobs(study: config.Study) -> dict[str, Job]:
             folder=str(study.folder / "jobs" / name),
             values={".".join(path): value for path, value in config.leaves(values)},
             threads=min(run.hardware.threads or runs.cores(), runs.cores()) * run.hardware.processes,
+            cell_timeout_s=run.hardware.cell_timeout_s,
+            job_timeout_s=run.hardware.job_timeout_s,
             **more,
         )
         return name
@@ -177,6 +185,8 @@ def run(study: config.Study, at_once: int | None, say: Callable[[str], None]) ->
     missing = sorted({job.notebook for job in made.values() if not (config.root() / job.notebook).is_file()})
     if missing:
         raise config.ParamsError(f"{', '.join(missing)} missing in {config.root()}: work in a checkout of the project")
+    for arm in study.arms:
+        watch.check_trackers(study.run(arm, study.seeds[0]))
     with runs.locked(study.folder / ".lock", f"study {study.name}", wait_s=2.0):
         parts = {name: job.parts() for name, job in made.items()}
         described = [asdict(job) | {"key": keys.key(parts[job.name])} for job in made.values()]
@@ -188,38 +198,51 @@ def run(study: config.Study, at_once: int | None, say: Callable[[str], None]) ->
         threads = max(job.threads for job in made.values())
         uses_gpu = study.base_run().hardware.device != "cpu" and bool(runs.gpus())
         at_once = at_once or (1 if uses_gpu else max(1, runs.cores() // threads))
-        code = _snakemake(study.folder, cores=at_once * threads) if stale else 0
-        states = {name: RunFolder(job.folder).status["state"] for name, job in made.items() if not job.done.exists()}
-        for name, state in states.items():
-            say(f"  {name}: {'failed' if state in ('failed', 'running') else 'did not run, for want of the above'}")
-        return code or int(bool(states))
+        waiting: set[str] = set()
+        for name, job in made.items():  # what follows a stale job is behind too, also after an interruption
+            if name in stale or waiting & {*job.parents}:
+                waiting.add(name)
+                job.done.unlink(missing_ok=True)
+        code, folder = 0, RunFolder(study.folder)
+        if stale:
+            inputs = {name: value for of_job in parts.values() for name, value in of_job["inputs"].items()}
+            facts = {"study": study.name, "params_file": study.params_file, "seeds": study.seeds, "inputs": inputs}
+            runs.write_manifest(folder, **facts, jobs={name: why[:8] for name, why in stale.items()})
+            started = time.monotonic()
+            code = _snakemake(study.folder, at_once * threads, watch.Watch(study.name, made), say)
+            runs.end_manifest(folder, wall_s=round(time.monotonic() - started, 1))
+        undone = [job for job in made.values() if not job.done.exists()]
+        for job in undone:
+            say(f"  {job.name}: {_failed(job) or 'did not run, for want of the above'}")
+        return code or int(bool(undone))
+
+
+def _failed(job: Job) -> str | None:
+    """How the job failed, in a line; None: it did not."""
+    status = RunFolder(job.folder).status
+    if status["state"] == "running":
+        return "failed: cut off before it could say why (killed, or a full disk)"
+    return f"failed: {status['message'].splitlines()[0]}" if status["state"] == "failed" else None
 
 
 def _why_stale(job: Job, parts: keys.Parts) -> list[str]:
-    """Why the job has to run, from its own record; a stale job loses its marker, so that Snakemake sees it."""
+    """Why the job has to run, from its own record."""
     status = RunFolder(job.folder).status
     if status["state"] == "done" and job.done.exists():
         recorded = status["parts"]
         own = {name: value for name, value in recorded["inputs"].items() if not name.startswith(RESULTS_OF)}
         why = keys.reasons(recorded | {"inputs": own}, parts) or job.faults()
     else:
-        failed = status["state"] == "failed"
-        why = [f"failed before: {status['message'].splitlines()[0]}" if failed else "not done yet"]
-    if why:
-        job.done.unlink(missing_ok=True)
+        why = [_failed(job) or "not done yet"]
     return why
 
 
-def _snakemake(folder: Path, cores: int) -> int:
+def _snakemake(folder: Path, cores: int, watching: watch.Watch, say: Callable[[str], None]) -> int:
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(Path(__file__).with_name("Snakefile"))]
     command += ["--directory", str(folder), "--cores", str(cores), "--keep-going", "--rerun-incomplete"]
     command += ["--retries", "0", "--rerun-triggers", "params", "input", "mtime"]
     command += ["--nolock", "--quiet", "all"]  # our own lock ends with its process; job lines are execute's
-    process = subprocess.Popen(command, start_new_session=True, preexec_fn=processes.killed_with_parent)
-    try:
-        return process.wait()
-    finally:
-        processes.end_group(process, patience_s=30.0)
+    return watch.run(command, watching, say)
 
 
 def load(file: Path) -> dict[str, Job]:

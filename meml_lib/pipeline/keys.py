@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Iterable, Mapping
-from functools import cache
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 from meml_lib import config, runs, schema, tasks
+from meml_lib.pipeline import reach
 
 Parts = dict[str, dict[str, Any]]
-PACKAGE = Path(__file__).resolve().parents[1]
 VERSIONS = ("torch", "transformers")
+STAGE = "meml_lib.training.stage"
 # The values that these two resolve are in the key themselves; a reworded message must not retrain anything.
-VALUES_ONLY = {"meml_lib.config", "meml_lib.schema"}
-# Shows what a step does; takes no part in it.
-SHOW_ONLY = {"meml_lib.training.anatomy"}
-# stage.py serves both stages; these take part in stage 2 alone.
-RIEL_ONLY = {f"meml_lib.training.{name}" for name in ("riel", "credit", "buffer")}
+_VALUES_ONLY = {"meml_lib.config", "meml_lib.schema"}
+_OTHER_STAGE = {"mef": {f"{STAGE}._riel"}, "riel": {f"{STAGE}._mef"}}
 TASKS = {
     name for kind in get_args(get_args(schema.TaskParams)[0]) for name in get_args(kind.model_fields["name"].annotation)
 }
@@ -39,13 +35,21 @@ def stage_parts(stage: config.Stage, p: config.Run) -> Parts:
     if stage == "riel":
         model = p.folder("mef") / "model"
         files |= {f"stage1/{file.name}": file for file in sorted(model.glob("*")) if file.is_file()}
-    skip = VALUES_ONLY | SHOW_ONLY | (RIEL_ONLY if stage == "mef" else set())
     return {
         "values": _flat(p.reads(stage)),
-        "code": code(["meml_lib.training.stage"], skip | other_tasks(p.task.name)),
+        "code": reach.code_of(f"import {STAGE}\n{STAGE}.run", not_reached(stage, p)),
         "inputs": {name: runs.hash_file(file) for name, file in files.items()},
         "versions": runs.versions(VERSIONS),
     }
+
+
+def not_reached(stage: config.Stage | None, p: config.Run | None) -> set[str]:
+    """Code that a run of this stage (None: of no stage) does not come to, or whose effect the key holds otherwise.
+
+    Stage 1 is to stage 2 an input, its trained model.
+    """
+    others = other_tasks(p.task.name) if p else set()
+    return _VALUES_ONLY | others | _OTHER_STAGE.get(stage, set())
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,72 +91,10 @@ def _model_files(path: str) -> list[Path]:
     return sorted(local.glob("*")) if local.is_dir() else [local]
 
 
-# --- code -------------------------------------------------------------------------------------------------------------
-
-
-def code(modules: Iterable[str], skip: Iterable[str] = ()) -> dict[str, str]:
-    """File -> hash of its code, for these modules and all of meml_lib that they import, wherever they import it."""
-    found: dict[str, str] = {}
-    waiting = list(modules)
-    while waiting:
-        name = waiting.pop()
-        file = _file(name)
-        place = str(file.relative_to(PACKAGE)) if file else name
-        if file is None or place in found or name in skip:
-            continue
-        found[place], imported = _read(file, name)
-        waiting += imported
-    return dict(sorted(found.items()))
-
-
 def other_tasks(name: str) -> set[str]:
     """Modules of the tasks that a run with this task does not read."""
     modules = {task: f"meml_lib.tasks.{task.partition('-')[0]}" for task in TASKS}  # gsm8k.py holds its re-split
     return {*modules.values()} - {modules[name]}
-
-
-def normalised(source: str) -> str:
-    """Code without comments, layout, docstrings and documented fields: what decides its results."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):
-            kept = [part for part in body if not (isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant))]
-            node.body = kept or [ast.Pass()]
-    return ast.unparse(tree)
-
-
-def imports(source: str, package: str = "meml_lib") -> set[str]:
-    """Modules of meml_lib that code imports, at its top or inside a function, with the packages that hold them."""
-    names = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1] + [base] * bool(base))
-            names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
-    ours = {name for name in names if name.split(".")[0] == "meml_lib" and _file(name)}
-    return ours | {".".join(name.split(".")[:n]) for name in ours for n in range(1, name.count(".") + 1)}
-
-
-def _read(file: Path, name: str) -> tuple[str, set[str]]:
-    stat = file.stat()
-    return _hash_and_imports(file, name, stat.st_mtime_ns, stat.st_size)
-
-
-@cache
-def _hash_and_imports(file: Path, name: str, mtime: int, size: int) -> tuple[str, set[str]]:
-    source = file.read_text(encoding="utf-8")
-    package = name if file.name == "__init__.py" else name.rpartition(".")[0]
-    return hashlib.sha256(normalised(source).encode()).hexdigest()[:16], imports(source, package)
-
-
-def _file(module: str) -> Path | None:
-    path = PACKAGE.joinpath(*module.split(".")[1:])
-    places = (path / "__init__.py", path.with_suffix(".py"))
-    return next((place for place in places if place.is_file()), None)
 
 
 # --- reasons ----------------------------------------------------------------------------------------------------------

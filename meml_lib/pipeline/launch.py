@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,18 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 from meml_lib import config, runs
 from meml_lib.analysis import signs
-from meml_lib.pipeline import keys, outputs, processes
+from meml_lib.pipeline import keys, outputs, processes, reach, watch
 from meml_lib.runs import RunFolder
 
 if TYPE_CHECKING:
     import pandas as pd
 
 CURVE_EVERY_S = 3.0
-STAGE = "meml_lib.training.stage"
+STAGE = keys.STAGE
 
 
 def _code() -> dict[str, str]:
-    return keys.code([STAGE], keys.VALUES_ONLY | keys.SHOW_ONLY)
+    return reach.code_of(f"import {STAGE}\n{STAGE}", keys.not_reached(None, None))
 
 
 # A kernel that has loaded the training code goes on with it when the file is edited. The key is made of the files, so
@@ -43,6 +44,7 @@ def train(stage: config.Stage, p: config.Run) -> pd.DataFrame:
 
     Raises: whatever the training raises; FileNotFoundError or RuntimeError where stage 2 finds no fitting stage 1.
     """
+    watch.check_trackers(p)
     folder = RunFolder(p.folder(stage))
     with runs.locked(folder.path.parent / f".{folder.path.name}.lock", str(folder.path), wait_s=math.inf):
         if stage == "riel":
@@ -57,10 +59,14 @@ def train(stage: config.Stage, p: config.Run) -> pd.DataFrame:
                 return folder.read_metrics()
         elif status["state"] in ("running", "failed"):
             why = [f"the last training did not end well ({status['message'] or status['state']})", *why]
+        if not _alone(p):
+            _check_port(p)
         print(f"{stage}: training in {folder.path}, because " + "; ".join(why[:8]) + ("; ..." if why[8:] else ""))
         _clear_aside(folder)
+        folder.set_status("running", f"process {os.getpid()} is training", parts=parts)  # first: whose folder it is
         folder.write_json("values", p.model_dump(mode="json"))
-        folder.set_status("running", f"process {os.getpid()} is training", parts=parts)
+        parents = [config.label_of(p.folder("mef"))] if stage == "riel" else []
+        runs.write_manifest(folder, stage=stage, seed=p.seed, inputs=parts["inputs"], parents=parents)
         started = time.monotonic()
         try:
             with closing(_Display(stage, p, folder)) as display:
@@ -77,7 +83,7 @@ def train(stage: config.Stage, p: config.Run) -> pd.DataFrame:
             folder.set_status("failed", f"{type(error).__name__}: {error}", parts=parts)
             raise
         seconds = round(time.monotonic() - started, 1)
-        folder.write_manifest(stage=stage, seed=p.seed, inputs=parts["inputs"], wall_s=seconds)
+        runs.end_manifest(folder, wall_s=seconds)
         folder.set_status("done", f"trained in {seconds:g} s", parts=parts)
         return folder.read_metrics()
 
@@ -103,13 +109,14 @@ def _clear_aside(folder: RunFolder) -> None:
     if not folder.path.exists() or not any(folder.path.iterdir()):
         return
     state, old = folder.status["state"], folder.path.with_name(f"{folder.path.name}.old")
-    if state == "absent":
+    if state == "absent" and not all(file.name.startswith(".status.json.") for file in folder.path.iterdir()):
         raise RuntimeError(f"{folder.path} holds files that no training wrote; give another run_dir, or move them")
-    if state != "done":
-        shutil.rmtree(folder.path)
-        return
+    if state != "done":  # renamed first: killed while it removes, it would leave files without a status
+        old = folder.path.with_name(f".{folder.path.name}.gone")
     shutil.rmtree(old, ignore_errors=True)
     folder.path.rename(old)
+    if state != "done":
+        shutil.rmtree(old)
 
 
 # --- in processes of their own ----------------------------------------------------------------------------------------
@@ -127,7 +134,7 @@ def _train_in_processes(stage: str, p: config.Run, folder: RunFolder, show: Call
             stderr=subprocess.STDOUT,
             env=os.environ | {"OMP_NUM_THREADS": threads},
             start_new_session=True,  # a group of its own, that can be ended as one
-            preexec_fn=processes.end_with_parent,
+            preexec_fn=processes.with_parent(),
         )
     seen = read = 0
     try:
@@ -165,6 +172,29 @@ def _command(p: config.Run, logs: Path, worker: list[str]) -> list[str]:
     return [sys.executable, "-m", "accelerate.commands.launch", *options, *worker]
 
 
+def _check_port(p: config.Run) -> None:
+    """Say that the port which an accelerate config names is taken; accelerate takes another one, or gives up late.
+
+    Raises: OSError on the machine of rank 0, which opens it.
+    """
+    import yaml
+
+    if p.hardware.accelerate_config is None:
+        return
+    file = config.locate(p.hardware.accelerate_config)
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    port = values.get("main_process_port")
+    if not port or int(values.get("machine_rank") or 0):  # 0: a free one
+        return
+    with socket.socket() as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind(("", int(port)))
+        except OSError as error:
+            todo = "end the process that holds it, or name another (0: a free one)"
+            raise OSError(f"{file}: main_process_port={port} is in use ({error.strerror}); {todo}") from error
+
+
 def _alone(p: config.Run) -> bool:
     """Whether one plain process does it, so that a kernel can be that process."""
     return p.hardware.processes == 1 and not p.hardware.accelerate_config
@@ -185,52 +215,30 @@ def _first_failure(logs: Path, code: int) -> str:
 
 
 class _Display:
-    """A bar and a curve where a person watches; a line every few seconds where nobody does."""
+    """A stage's progress; curves too, where a person watches in a notebook."""
 
     def __init__(self, stage: config.Stage, p: config.Run, folder: RunFolder):
-        from tqdm.auto import tqdm
-
-        self._stage, self._folder = stage, folder
+        self._folder, self._progress = folder, runs.Progress(stage, "step")
         self._order = list(p.experts.known)  # one colour an expert, also in arms without the others
         self._watch = signs.Watch(p.riel) if stage == "riel" else None
-        self._total = (p.mef if stage == "mef" else p.riel).steps
-        self._bar = tqdm(total=self._total, desc=stage, unit="step", disable=not runs.watched())
-        self._line_at, self._first_at, self._curve_at = 0.0, 0.0, time.monotonic()
-        self._last: dict[str, Any] | None = None
-        self._curve: Any = None
-        if runs.in_kernel() and runs.watched():
-            from IPython.display import display
-
-            self._curve = display(display_id=True)
+        self._curve_at, self._curve = time.monotonic(), None
 
     def show(self, record: dict[str, Any]) -> None:
-        self._last, now = record, time.monotonic()
-        self._first_at = self._first_at or now
-        self._bar.set_postfix_str(_numbers(record), refresh=False)
-        self._bar.update()
-        if self._bar.disable and now - self._line_at >= runs.LOG_EVERY_S:
-            self._line_at = now
-            self._print_line()
+        self._progress.show(record["step"] + 1, self._folder.progress.get("steps"), _numbers(record))
         for sign in self._watch.see(record) if self._watch else ():
-            self._bar.write(str(sign))
-        if self._curve is not None and now - self._curve_at >= CURVE_EVERY_S:
+            self._progress.write(str(sign))
+        if runs.in_kernel() and runs.watched() and time.monotonic() - self._curve_at >= CURVE_EVERY_S:
+            from IPython.display import display
+
             from meml_lib.analysis import figures
 
-            self._curve_at = now
+            self._curve_at, self._curve = time.monotonic(), self._curve or display(display_id=True)
             self._curve.update(figures.curves(self._folder.read_metrics(), order=self._order))
 
     def close(self) -> None:
-        self._bar.close()
-        if self._bar.disable and self._last is not None:
-            self._print_line()
+        self._progress.close()
         if self._curve is not None:  # the notebook shows the finished curves itself
             self._curve.update({}, raw=True)
-
-    def _print_line(self) -> None:
-        done, seconds = self._last["step"], time.monotonic() - self._first_at  # the first step also waits for start-up
-        of = f"/{self._total}" if self._total else ""
-        left = f", {(self._total - done - 1) * seconds / done:.0f} s left" if self._total and done else ""
-        print(f"{self._stage} step {done + 1}{of}{left}, {_numbers(self._last)}", flush=True)
 
 
 def _numbers(record: dict[str, Any]) -> str:

@@ -11,11 +11,15 @@ from meml_lib.runs import RunFolder, not_finite
 
 ANSWERS = ("question_id", "expert", "sample", "text", "answer", "correct")
 QUESTIONS = ("question_id", "text", "gold", "difficulty")
+NULLABLE = {"answer", "correct"}
+"""Null where an answer is unreadable; in no other column that a table must have."""
 STAGE_1 = {
     "teacher_answers": ANSWERS,
     "training_answers": ("expert", "given", "kept"),
     "prompt_teacher": ("question_id", "prompt", "teacher", "logp", "tokens"),
 }
+# What jobs leave besides stages. error_overlap also has a column an expert.
+TABLES = {"teacher_answers": ANSWERS, "error_overlap": ("questions", "share")}
 
 
 def stage_faults(stage: config.Stage, p: config.Run) -> list[str]:
@@ -51,7 +55,7 @@ def metrics_faults(folder: RunFolder) -> list[str]:
 
 
 def table_faults(folder: RunFolder, name: str, columns: Iterable[str]) -> list[str]:
-    """A table must exist, hold these columns and at least one row, and no infinite number."""
+    """A table must exist, hold at least one row and these columns, no null in them, and finite numbers only."""
     file = folder.table(name)
     if not file.is_file():
         return [f"{file}: missing"]
@@ -59,16 +63,19 @@ def table_faults(folder: RunFolder, name: str, columns: Iterable[str]) -> list[s
         table = folder.read_table(name)
     except (OSError, ValueError) as error:  # pyarrow's errors are of these kinds
         return [f"{file}: broken ({str(error).splitlines()[0]})"]
-    missing = [column for column in columns if column not in table]
-    numbers = table.select_dtypes("float")
-    infinite = [column for column in numbers if numbers[column].isin([math.inf, -math.inf]).any()]
-    if missing:
+    if missing := [column for column in columns if column not in table]:
         return [f"{file}: no column {', '.join(missing)}"]
-    if infinite:
-        return [f"{file}: infinite number in {', '.join(infinite)}"]
+    checked = {*columns, *table.select_dtypes("float")} - NULLABLE
+    for name in (name for name in table if name in checked):
+        odd = table[name].isna() | table[name].isin([math.inf, -math.inf])
+        if odd.any():
+            what = f"{odd.sum()} of {len(table)} values are null, NaN or infinite"
+            return [f"{file}: column {name}: {what}, the first in row {odd.argmax() + 1}"]
     return [f"{file}: no row"] if table.empty else []
 
 
 def file_faults(file: Path) -> list[str]:
-    """A file must exist and hold something."""
+    """A file must exist and hold something; a table of a run's folder, its columns and rows."""
+    if file.suffix == ".parquet":
+        return table_faults(RunFolder(file.parents[1]), file.stem, TABLES[file.stem])
     return [] if file.is_file() and file.stat().st_size else [f"{file}: {'empty' if file.is_file() else 'missing'}"]

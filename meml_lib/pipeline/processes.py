@@ -8,20 +8,27 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _PR_SET_PDEATHSIG = 1
 
 
-def end_with_parent(number: int = signal.SIGTERM) -> None:
-    """Have the system send this process a signal when its parent ends, even by SIGKILL (Linux only)."""
+def end_with_parent(parent: int, number: int = signal.SIGTERM) -> None:
+    """Have the system send this process a signal when its parent ends, even by SIGKILL (Linux only).
+
+    Args: parent: its process id; where that one has ended already, the signal is sent at once.
+    """
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, int(number))
+        if os.getppid() != parent:
+            os.kill(os.getpid(), number)
 
 
-def killed_with_parent() -> None:
-    """As end_with_parent, for a process that would take its time."""
-    end_with_parent(signal.SIGKILL)
+def with_parent(number: int = signal.SIGTERM) -> Callable[[], None]:
+    """What a child of this process calls before it starts (`preexec_fn`), so that it ends with this process."""
+    return partial(end_with_parent, os.getpid(), number)
 
 
 def end_group(process: subprocess.Popen, patience_s: float = 15.0) -> None:
@@ -40,9 +47,10 @@ def end_group(process: subprocess.Popen, patience_s: float = 15.0) -> None:
 
 
 def sigterm_as_interrupt() -> None:
-    """Unwind on SIGTERM as on Ctrl-C, so that what was started is ended."""
+    """Unwind on SIGTERM as on Ctrl-C, so that what was started is ended; once, for a second one would break that off."""
 
     def interrupt(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise KeyboardInterrupt(f"signal {number}")
 
     signal.signal(signal.SIGTERM, interrupt)

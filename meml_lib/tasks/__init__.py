@@ -45,15 +45,17 @@ class Graded:
 class Task:
     """A data set. A subclass writes `_build` and `read`, and `_teach` where it has styles beyond `gold`."""
 
-    styles: tuple[str, ...] = ("gold",)
-    """Ways in which `teach` can write a solution."""
-
     def __init__(self, params: schema.TaskParams):
         self.params = params
 
     @property
     def name(self) -> str:
         return self.params.name
+
+    @property
+    def styles(self) -> tuple[str, ...]:
+        """Ways in which `teach` can write a solution."""
+        return schema.STYLES[self.name]
 
     def questions(self, split: Split) -> list[Question]:
         """The split's questions, in a fixed order. Raises: ValueError for another split's name."""

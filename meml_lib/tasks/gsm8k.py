@@ -25,7 +25,6 @@ class Gsm8k(ReleasedTask):
     folder = "gsm8k"
     files = {"train": ("train.jsonl",), "test": ("test.jsonl",)}
     hub = ("openai/gsm8k", "main")
-    styles = ("gold", "equations", "program")
 
     def read(self, text: str) -> str | None:
         return number(text)

@@ -26,7 +26,6 @@ class MathQA(ReleasedTask):
     files = {"train": ("train.json", "dev.json"), "test": ("test.json",)}
     # As parquet; allenai/math_qa is a script. Equal to it by hash, says lm-evaluation-harness, pull request 3943.
     hub = ("regisss/math_qa",)
-    styles = ("gold", "formula", "plain")
 
     def read(self, text: str) -> str | None:
         return letter(text)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from meml_lib import schema
-from meml_lib.tasks import Question, Task, draw, plain
+from meml_lib.tasks import Question, Task, draw, hub, plain
 
 
 class ReleasedTask(Task):
@@ -36,19 +36,17 @@ class ReleasedTask(Task):
         folder = data_folder(self.folder)
         found = [folder / file for file in self.files[part] if (folder / file).is_file()]
         if not found:
-            raise FileNotFoundError(f"MEML_DATA_DIR has none of {self.files[part]} in {folder}")
+            what = f"MEML_DATA_DIR has none of {', '.join(self.files[part])} in {folder}"
+            lacks = "" if folder.is_dir() else ", which is no folder"
+            raise FileNotFoundError(f"{what}{lacks}; set it to the folder that holds the released files in {self.folder}/")
         return [(f"{self.folder}-{found[0].stem}-{i}", row) for i, row in enumerate(read_rows(found[0]))]
 
     def _from_hub(self, part: str) -> list[dict]:
         import datasets
 
-        try:
+        instead = f"set MEML_DATA_DIR to the folder that holds the released files in {self.folder}/"
+        with hub.asked_for(f"task.name={self.name!r}: {' '.join(self.hub)}", instead):
             return datasets.load_dataset(*self.hub, split=part).to_list()
-        except Exception as error:  # whatever kept it from loading, the way out is the same
-            raise RuntimeError(
-                f"task.name={self.name!r}: {' '.join(self.hub)} could not be loaded from the hub ({error}). "
-                f"Without the hub, set MEML_DATA_DIR to the folder that holds the released files in {self.folder}/"
-            ) from error
 
     def _splits(self, pool: list[Question], test: list[Question]) -> dict[str, list[Question]]:
         """Validation held out of the pool, and of the rest at most train_questions."""

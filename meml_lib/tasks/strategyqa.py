@@ -19,7 +19,6 @@ class StrategyQA(ReleasedTask):
 
     files = {"train": ("train.json",), "test": ("dev.json",)}  # both labelled; pooled
     hub = ("ChilleD/StrategyQA",)
-    styles = ("gold", "decomposition", "plain")
 
     def read(self, text: str) -> str | None:
         return yes_no(text)

@@ -121,7 +121,6 @@ class WordProblems(Task):
     """
 
     params: schema.WordProblemsParams
-    styles = tuple(STYLES)
 
     def read(self, text: str) -> str | None:
         """The number after the last "####"; nothing else counts, so that an answer cut short is unreadable."""

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 from transformers.utils import logging
 
 from meml_lib.schema import HubModelParams, ModelParams, ScratchModelParams
+from meml_lib.tasks import hub
 
 logging.disable_progress_bar()  # of loading and saving weights: seconds at most, and lines in every notebook
 
@@ -177,8 +178,10 @@ def load(params: ModelParams, *, device: str, words: Sequence[str], seed: int) -
         tokenizer = word_tokenizer(words)
         model = _scratch_model(params, tokenizer).to(dtype)
     elif params.source == "hub":
-        tokenizer = AutoTokenizer.from_pretrained(params.path)
-        model = AutoModelForCausalLM.from_pretrained(params.path, dtype=dtype)
+        instead, here = "set model.path to a folder that holds the model", Path(params.path).is_dir()
+        with hub.asked_for(f"model.path={params.path!r}", instead, here=here):
+            tokenizer = AutoTokenizer.from_pretrained(params.path)
+            model = AutoModelForCausalLM.from_pretrained(params.path, dtype=dtype)
     else:
         file = gguf_file(params.path)
         folder, options = file.parent, {"gguf_file": file.name}
@@ -225,8 +228,6 @@ def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerBase:
 def _scratch_model(params: ScratchModelParams, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    if params.hidden_size % params.heads:
-        raise ValueError(f"hidden_size={params.hidden_size} must be a multiple of heads={params.heads}")
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),

@@ -5,17 +5,20 @@ Runs in process (`run`) and as each of many processes: `python -m meml_lib.train
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import ProjectConfiguration, set_seed
 
 from meml_lib import config, experts, tasks
 from meml_lib.runs import RunFolder
-from meml_lib.schema import OptimizerParams
+from meml_lib.schema import MefParams, OptimizerParams, RielParams
 from meml_lib.training import evaluate, mef, policy, riel
 from meml_lib.training.learner import Learner
 
@@ -33,56 +36,37 @@ def run(stage: config.Stage, p: config.Run, on_record: OnRecord | None = None) -
       on_record: called with each step's record, in the main process.
     Raises: FileNotFoundError if stage 2 finds no model of stage 1.
     """
-    accelerator = accelerator_of(p)
+    folder = RunFolder(p.folder(stage))
+    places = ProjectConfiguration(str(folder.path), logging_dir=str(folder.path / "tracking"))
+    accelerator = accelerator_of(p, log_with=list(p.tracking.trackers) or None, project_config=places)
     set_seed(p.seed, device_specific=True)  # dropout only: whatever decides a result has a seed of its own
     task, panel = tasks.load(p.task), experts.load_panel(p.experts)
-    folder = RunFolder(p.folder(stage))
-    device = str(accelerator.device)
+    begun = {"mef": _mef, "riel": _riel}[stage](p, task, panel, accelerator)
 
-    if stage == "mef":
-        words = [*task.words(), *(word for expert in panel for word in expert.system.split())]
-        learned = policy.load(p.model, device=device, words=words, seed=p.seed)
-        compared = evaluate.answered_by_all_teachers(p, learned, task, panel)  # before training: it may have to refuse
-        answers = experts.teacher_answers(task, panel)
-        kept, selection = mef.select(p.mef, answers, learned)
-        if not p.mef.allow_test_questions:
-            mef.refuse_test_questions(task, kept)
+    def doing(what: str) -> None:
         if accelerator.is_main_process:
-            folder.write_table("teacher_answers", answers)
-            folder.write_table("training_answers", selection)
-        rows = mef.rows_of(learned, panel, task.questions("train"), kept)
-        learner = learner_of(p, p.mef, learned, accelerator, steps=mef.steps_of(p.mef, len(rows)))
-        steps = mef.train(p.mef, learner, rows, seed=p.seed)
-        patience, validate_every = p.mef.patience, p.mef.validate_every
-    else:
-        trained = p.folder("mef") / "model"
-        if not trained.is_dir():
-            raise FileNotFoundError(f"{trained} is missing: train stage 1 first (notebook 02_mef or launch.train)")
-        learned = policy.load_trained(trained, p.model, device=device, seed=p.seed)
-        learner = learner_of(p, p.riel, learned, accelerator, steps=p.riel.steps)
-        rollouts: list[dict] = []
-        steps = _keeping(rollouts, riel.train(p, learned, learner, task, panel))
-        patience, validate_every = p.riel.patience, p.riel.validate_every
+            folder.write_json("progress", {"steps": begun.count, "doing": what})
 
-    best = Best(learned, patience)
-    for record in steps:
-        if validate_every and (record["step"] + 1) % validate_every == 0:
-            record |= evaluate.accuracy(evaluate.greedy(p, learned, task, panel, accelerator, "validation"))
-            best.see(record["validation_accuracy"])
-        if accelerator.is_main_process:
-            folder.append_metrics(record)
-            if on_record:
-                on_record(record)
-        if best.exhausted:
-            break
+    learned, validate_every = begun.learned, begun.params.validate_every
+    doing("training")
+    best = Best(learned, begun.params.patience)
+    with _trackers(p, accelerator):
+        for record in begun.steps:
+            if validate_every and (record["step"] + 1) % validate_every == 0:
+                record |= evaluate.accuracy(evaluate.greedy(p, learned, task, panel, accelerator, "validation"))
+                best.see(record["validation_accuracy"])
+            if accelerator.is_main_process:
+                folder.append_metrics(record)
+                accelerator.log({k: v for k, v in record.items() if v is not None and k != "step"}, record["step"])
+                if on_record:
+                    on_record(record)
+            if best.exhausted:
+                break
     best.restore()
 
-    tables = evaluate.measure(p, learned, task, panel, accelerator)
-    if stage == "mef":
-        tables["prompt_teacher"] = evaluate.prompt_teacher(p, learned, task, panel, compared, accelerator)
+    doing("evaluating")
+    tables = evaluate.measure(p, learned, task, panel, accelerator) | begun.tables()
     if accelerator.is_main_process:
-        if stage == "riel":
-            tables["rollouts"] = _table(rollouts)
         for name, table in tables.items():
             folder.write_table(name, table)
         learned.save(folder.path / "model")
@@ -90,14 +74,72 @@ def run(stage: config.Stage, p: config.Run, on_record: OnRecord | None = None) -
     accelerator.end_training()
 
 
-def accelerator_of(p: config.Run) -> Accelerator:
+@contextmanager
+def _trackers(p: config.Run, accelerator: Accelerator) -> Iterator[None]:
+    """Where else each step goes (tracking.trackers), with all values of the run; closed however the block ends."""
+    values = {".".join(path): value for path, value in config.leaves(p.values())}
+    plain = {k: v if isinstance(v, (str, int, float)) else json.dumps(v) for k, v in values.items()}
+    accelerator.init_trackers(p.tracking.project, plain)
+    try:
+        yield
+    finally:
+        while accelerator.trackers:  # end_training would also wait for the other processes
+            accelerator.trackers.pop().finish()
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A stage that is ready to train."""
+
+    learned: policy.Policy
+    params: MefParams | RielParams
+    count: int
+    """Of the steps, if nothing stops it early."""
+    steps: Iterator[dict]
+    """Trains as it is read: each step's record."""
+    tables: Callable[[], dict[str, pd.DataFrame]]
+    """The stage's own tables, once it has trained; called in every process."""
+
+
+def _mef(p: config.Run, task: tasks.Task, panel: experts.Panel, accelerator: Accelerator) -> _Begun:
+    words = [*task.words(), *(word for expert in panel for word in expert.system.split())]
+    learned = policy.load(p.model, device=str(accelerator.device), words=words, seed=p.seed)
+    compared = evaluate.answered_by_all_teachers(p, learned, task, panel)  # before training: it may have to refuse
+    answers = experts.teacher_answers(task, panel)
+    kept, selection = mef.select(p.mef, answers, learned)
+    if not p.mef.allow_test_questions:
+        mef.refuse_test_questions(task, kept)
+    rows = mef.rows_of(learned, panel, task.questions("train"), kept)
+    count = mef.steps_of(p.mef, len(rows))
+    learner = learner_of(p, p.mef, learned, accelerator, steps=count)
+
+    def tables() -> dict[str, pd.DataFrame]:
+        likelihoods = evaluate.prompt_teacher(p, learned, task, panel, compared, accelerator)
+        return {"teacher_answers": answers, "training_answers": selection, "prompt_teacher": likelihoods}
+
+    return _Begun(learned, p.mef, count, mef.train(p.mef, learner, rows, seed=p.seed), tables)
+
+
+def _riel(p: config.Run, task: tasks.Task, panel: experts.Panel, accelerator: Accelerator) -> _Begun:
+    trained = p.folder("mef") / "model"
+    if not trained.is_dir():
+        raise FileNotFoundError(f"{trained} is missing: train stage 1 first (notebook 02_mef or launch.train)")
+    learned = policy.load_trained(trained, p.model, device=str(accelerator.device), seed=p.seed)
+    learner = learner_of(p, p.riel, learned, accelerator, steps=p.riel.steps)
+    rollouts: list[dict] = []
+    steps = _keeping(rollouts, riel.train(p, learned, learner, task, panel))
+    return _Begun(learned, p.riel, p.riel.steps, steps, lambda: {"rollouts": _table(rollouts)})
+
+
+def accelerator_of(p: config.Run, **tracking: Any) -> Accelerator:
     """This process's device, and its share of the threads.
 
+    Args: tracking: accelerate's own options.
     Raises: RuntimeError if hardware.device asks for CUDA where torch finds none.
     """
     if p.hardware.threads:
         torch.set_num_threads(p.hardware.threads)
-    accelerator = Accelerator(cpu=p.hardware.device == "cpu")
+    accelerator = Accelerator(cpu=p.hardware.device == "cpu", **tracking)
     if p.hardware.device == "cuda" and accelerator.device.type != "cuda":
         raise RuntimeError(f"hardware.device=cuda, but torch finds {accelerator.device}; use auto or cpu")
     return accelerator
