@@ -147,6 +147,7 @@ def answers(folder: Path) -> None:
 def reads(tmp_path_factory) -> set[Field]:
     recorder = Recorder()
     with pytest.MonkeyPatch.context() as patch:
+        tasks.load.cache_clear()  # what other tests loaded has been read already
         patch.chdir(ROOT)
         patch.setenv(runs.HEADLESS, "1")
         recorder.install(patch)

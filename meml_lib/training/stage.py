@@ -98,7 +98,7 @@ class _Begun:
     steps: Iterator[dict]
     """Trains as it is read: each step's record."""
     tables: Callable[[], dict[str, pd.DataFrame]]
-    """The stage's own tables, once it has trained; called in every process."""
+    """The stage's own tables of what was trained; called in every process."""
 
 
 def _mef(p: config.Run, task: tasks.Task, panel: experts.Panel, accelerator: Accelerator) -> _Begun:
@@ -109,13 +109,16 @@ def _mef(p: config.Run, task: tasks.Task, panel: experts.Panel, accelerator: Acc
     kept, selection = mef.select(p.mef, answers, learned)
     if not p.mef.allow_test_questions:
         mef.refuse_test_questions(task, kept)
+    if accelerator.is_main_process:  # now: they tell what was kept, should training refuse it
+        folder = RunFolder(p.folder("mef"))
+        folder.write_table("teacher_answers", answers)
+        folder.write_table("training_answers", selection)
     rows = mef.rows_of(learned, panel, task.questions("train"), kept)
     count = mef.steps_of(p.mef, len(rows))
     learner = learner_of(p, p.mef, learned, accelerator, steps=count)
 
     def tables() -> dict[str, pd.DataFrame]:
-        likelihoods = evaluate.prompt_teacher(p, learned, task, panel, compared, accelerator)
-        return {"teacher_answers": answers, "training_answers": selection, "prompt_teacher": likelihoods}
+        return {"prompt_teacher": evaluate.prompt_teacher(p, learned, task, panel, compared, accelerator)}
 
     return _Begun(learned, p.mef, count, mef.train(p.mef, learner, rows, seed=p.seed), tables)
 
