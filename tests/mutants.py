@@ -17,14 +17,15 @@ NLL = "    return -(weight_N[:, None] * logp_NT.masked_fill(~mask_NT, 0.0)).sum(
 GAP = "    gap_NT = best_logp_NT.detach() - logp_NT\n    return (weight_N[:, None] * gap_NT.masked_fill(~mask_NT, 0.0)).sum()"
 K2 = "0.5 * gap_NT.masked_fill(~mask_NT, 0.0).square()"
 TOKEN_KL = "    kl_NT = (best_NTV.exp() * (best_NTV - log_probs_NTV)).sum(-1)"
-LITERAL = "    gap_NT = logp_NT - best_logp_NT"
+LITERAL = "WeighedRow(row, -2.0), WeighedRow(Row(prompts_BE[b][best], rollout.tokens), 2.0)"
 
 MUTANTS = [  # what is broken, file, text, its replacement, the test that must fail
     ("nll: sign", LOSSES, NLL, NLL.replace("-(", "("), "test_losses.py::test_weighted_nll_raises_an_answer_with_positive_weight"),
     ("forward_kl: sign", LOSSES, GAP, GAP.replace("return (", "return -("), "test_losses.py::test_mutual_loss_raises_the_worst_experts_probability"),
     ("k2: sign", LOSSES, K2, f"-{K2}", "test_losses.py::test_mutual_k2_loss_pulls_from_both_sides_and_fades"),
     ("token_kl: sign", LOSSES, TOKEN_KL, TOKEN_KL.replace("(best_NTV.exp", "-(best_NTV.exp"), "test_losses.py::test_mutual_token_kl_loss_moves_the_whole_distribution"),
-    ("literal: sign", LOSSES, LITERAL, "    gap_NT = best_logp_NT - logp_NT", "test_losses.py::test_literal_mutual_loss_pushes_the_worst_expert_away"),
+    ("literal: sign", LOSSES, LITERAL, LITERAL.replace("-2", "-x").replace(" 2", " -2").replace("-x", "2"), "test_losses.py::test_literal_mutual_part_pushes_the_worst_expert_away"),
+    ("literal: half the weight", LOSSES, LITERAL, LITERAL.replace("2.0", "1.0"), "test_losses.py::test_literal_mutual_part_pushes_the_worst_expert_away"),
     ("nll: no mask", LOSSES, NLL, NLL.replace(".masked_fill(~mask_NT, 0.0)", ""), "test_losses.py::test_weighted_nll_raises_an_answer_with_positive_weight"),
     ("forward_kl: no mask", LOSSES, GAP, GAP.replace(".masked_fill(~mask_NT, 0.0)", ""), "test_losses.py::test_mutual_loss_raises_the_worst_experts_probability"),
     ("k2: no mask", LOSSES, K2, "0.5 * gap_NT.square()", "test_losses.py::test_mutual_k2_loss_pulls_from_both_sides_and_fades"),

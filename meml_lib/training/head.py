@@ -1,7 +1,8 @@
-"""The losses of a micro-batch at its answers' tokens, a chunk of them at a time, and their gradient in the same go.
+"""The losses of a micro-batch at its answers' tokens, some of them at a time, and their gradient in the same go.
 
-Logits are as wide as the vocabulary: a micro-batch's would often outweigh the model. Each chunk's are computed once, give
-its losses and their gradient, and are gone before the next; the backward pass only hands the gradients on.
+Logits are as wide as the vocabulary: a micro-batch's would often outweigh the model. They are computed once, in slabs; a
+slab gives its losses, its own memory takes their gradient, and it is gone before the next. The backward pass only hands
+the gradients on.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from torch.nn import functional
 from meml_lib.training.losses import Part, WeighedRow
 from meml_lib.training.policy import Row
 
-CHUNK_BYTES = 64 * 2**20
-"""Of a chunk's logits in float32; about three such arrays are alive at a time."""
+SLAB_BYTES = 256 * 2**20
+"""Of a slab's logits, in the model's dtype; the more tokens, the faster the matrix products."""
+CHUNK_BYTES = 16 * 2**20
+"""Of a chunk of a slab in float32, about three times alive; glibc hands such sizes out again, larger ones fresh from the
+system, page by page."""
 
 
 @dataclass(frozen=True)
@@ -89,59 +93,60 @@ class AnswerLoss:
 
     def __call__(self, x_nF: Tensor, weight_VF: Tensor | None, bias_V: Tensor | None) -> Tensor:
         self._token_n, self.losses = self._token_n.to(x_nF.device), self.losses.to(x_nF.device)
-        return _InChunks.apply(x_nF, weight_VF, bias_V, self)
+        return _InSlabs.apply(x_nF, weight_VF, bias_V, self)
 
-    def chunk(self, logits_cV: Tensor, start: int, head: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Of the answer tokens from `start` on: the scaled sum, and its gradient by the logits, in their dtype."""
+    def of(self, logits_cV: Tensor, start: int, head: Callable[[Tensor], Tensor]) -> Tensor:
+        """The scaled sum over the answer tokens from `start` on; their logits become its gradient by them."""
         end = start + len(logits_cV)
         token_c1 = self._token_n[start:end, None]
         log_probs_cV = logits_cV.float().log_softmax(-1)
         logp_c1 = log_probs_cV.gather(-1, token_c1).requires_grad_()
-        wide = log_probs_cV.requires_grad_() if self._best_mF is not None else None
+        wide_cV = [] if self._best_mF is None else [log_probs_cV.requires_grad_()]
         with torch.enable_grad():
-            total = (0.0 * logp_c1).sum()
+            total = 0.0
             for term in self._terms:
                 at_k, weight_k, best_k = term.within(start, end, logits_cV.device)
                 part = self._parts[term.part]
-                # A token is a row of its own: [N, T] = [k, 1].
-                seen = [logp_c1[at_k]]
+                seen = [logp_c1[at_k]]  # each token is a row of its own: [N, T] = [k, 1]
                 if part.against == "rollouts":
                     seen.append(best_k[:, None])
                 elif part.against == "distributions":
-                    seen = [wide[at_k, None], head(self._best_mF[best_k]).float().log_softmax(-1)[:, None]]
-                loss = part.formula(*seen, torch.ones_like(seen[0][..., :1].view(-1, 1), dtype=torch.bool), weight_k)
+                    best_kV = head(self._best_mF[best_k]).float().log_softmax(-1)
+                    seen = [log_probs_cV[at_k, None], best_kV[:, None]]
+                loss = part.formula(*seen, torch.ones(len(at_k), 1, dtype=torch.bool, device=at_k.device), weight_k)
                 self.losses[term.part] += loss.detach()
                 total = total + self._scales[term.part] * loss
-        grads = torch.autograd.grad(total, [logp_c1] if wide is None else [logp_c1, wide], materialize_grads=True)
-        with torch.no_grad():
-            # log p = logits - logsumexp(logits): a gradient g by log p is g - sum(g) p by the logits.
-            sum_c1 = grads[0] + sum(grad_cV.sum(-1, keepdim=True) for grad_cV in grads[1:])
-            grad_cV = log_probs_cV.detach().exp_().mul_(-sum_c1)
-            for wide_grad in grads[1:]:
-                grad_cV += wide_grad
-            return total.detach(), grad_cV.scatter_add_(-1, token_c1, grads[0]).to(logits_cV.dtype)
+        grad_c1, *wide_grad_cV = torch.autograd.grad(total, [logp_c1, *wide_cV], materialize_grads=True)
+        # log p = logits - logsumexp(logits): a gradient g by log p is g - sum(g) p by the logits.
+        sum_c1 = sum((g_cV.sum(-1, keepdim=True) for g_cV in wide_grad_cV), grad_c1)
+        grad_cV = log_probs_cV.detach().exp_().mul_(-sum_c1)
+        for g_cV in wide_grad_cV:
+            grad_cV += g_cV
+        logits_cV.copy_(grad_cV.scatter_add_(-1, token_c1, grad_c1))
+        return total.detach()
 
 
-class _InChunks(torch.autograd.Function):
-    """`AnswerLoss.chunk` after chunk; the gradients are ready before the backward pass asks for them."""
+class _InSlabs(torch.autograd.Function):
+    """`AnswerLoss.of`, slab after slab; the gradients are ready before the backward pass asks for them."""
 
     @staticmethod
-    def forward(ctx, x_nF: Tensor, weight_VF: Tensor | None, bias_V: Tensor | None, losses: AnswerLoss) -> Tensor:
+    def forward(ctx, x_nF: Tensor, weight_VF: Tensor | None, bias_V: Tensor | None, loss: AnswerLoss) -> Tensor:
         def head(x_cF: Tensor) -> Tensor:
             return x_cF if weight_VF is None else functional.linear(x_cF, weight_VF, bias_V)
 
         wide = x_nF.shape[-1] if weight_VF is None else len(weight_VF)
-        size = max(1, CHUNK_BYTES // (4 * wide))
+        slab, chunk = (max(1, bytes // (wide * size)) for bytes, size in ((SLAB_BYTES, x_nF.itemsize), (CHUNK_BYTES, 4)))
         total, grad_x, grad_weight, grad_bias = 0.0, torch.empty_like(x_nF), None, None
-        for start in range(0, len(x_nF), size):
-            x_cF = x_nF[start : start + size]
-            loss, grad_cV = losses.chunk(head(x_cF), start, head)
-            total = total + loss
-            grad_x[start : start + size] = grad_cV if weight_VF is None else grad_cV @ weight_VF
+        for start in range(0, len(x_nF), slab):
+            x_sF = x_nF[start : start + slab]
+            grad_sV = x_sF.clone() if weight_VF is None else head(x_sF)
+            for at, logits_cV in enumerate(grad_sV.split(chunk)):
+                total = total + loss.of(logits_cV, start + at * chunk, head)
+            grad_x[start : start + slab] = grad_sV if weight_VF is None else grad_sV @ weight_VF
             if ctx.needs_input_grad[1]:
-                grad_weight = _plus(grad_weight, grad_cV.T @ x_cF)
+                grad_weight = _plus(grad_weight, grad_sV.T @ x_sF)
             if ctx.needs_input_grad[2]:
-                grad_bias = _plus(grad_bias, grad_cV.sum(0))
+                grad_bias = _plus(grad_bias, grad_sV.sum(0))
         ctx.save_for_backward(grad_x, grad_weight, grad_bias)
         ctx.dtype = None if weight_VF is None else weight_VF.dtype
         return total
@@ -149,13 +154,13 @@ class _InChunks(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        grad_x, grad_weight, grad_bias = ctx.saved_tensors
-        scaled = (g if g is None else (g * grad).to(ctx.dtype) for g in (grad_weight, grad_bias))
-        return grad_x * grad.to(grad_x.dtype), *scaled, None
+        grad_x, *outer = ctx.saved_tensors
+        grad_weight, grad_bias = (g if g is None else g.mul_(grad).to(ctx.dtype) for g in outer)
+        return grad_x.mul_(grad), grad_weight, grad_bias, None
 
 
 def _plus(total: Tensor | None, more: Tensor) -> Tensor:
-    """A sum over many chunks, in float32: bfloat16 would lose the later ones."""
+    """A sum over slabs, in float32: bfloat16 would lose the later ones."""
     return more if total is None else total.float().add_(more)
 
 

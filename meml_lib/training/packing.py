@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from meml_lib.training.policy import Policy, Row
 
@@ -194,19 +193,39 @@ class _Move(torch.autograd.Function):
 
 
 def attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, layout: Layout, **options
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    layout: Layout,
+    scaling: float,
+    dropout: float = 0.0,
+    **unused,
 ) -> tuple[Tensor, None]:
-    """transformers' attention of one layer over a layout's flat tokens: [1, heads, T, D] -> [1, T, heads, D]."""
-    attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    batches = [layout.pad(x) for x in (query, key, value)]
-    (_, key_PT, value_PT), *answers = zip(*batches, strict=True)
-    out = [attend(module, *(x[0].transpose(1, 2) for x in batches), None, **options)[0]]
-    for (query_NT, *own_NT), parent_N, mask_N1QK in zip(answers, layout.parent_N, layout.mask_N1QK, strict=True):
-        shared = (x_PT.index_select(0, parent_N) for x_PT in (key_PT, value_PT))
-        key_NT, value_NT = (torch.cat(pair, 1) for pair in zip(shared, own_NT, strict=True))
-        heads_first = (x.transpose(1, 2) for x in (query_NT, key_NT, value_NT))
-        out.append(attend(module, *heads_first, mask_N1QK, **options)[0])
+    """Attention of one layer, as transformers calls it, over a layout's flat tokens: [1, heads, T, D] -> [1, T, heads, D]."""
+    (query_PT, *queries), (key_PT, *keys), (value_PT, *values) = (layout.pad(x) for x in (query, key, value))
+    options = {"scale": scaling, "dropout_p": dropout}
+    out = [_attend(query_PT, key_PT, value_PT, is_causal=True, **options)]
+    buckets = zip(queries, keys, values, layout.parent_N, layout.mask_N1QK, strict=True)
+    for query_NT, key_NT, value_NT, parent_N, mask_N1QK in buckets:
+        key_NT = torch.cat([key_PT.index_select(0, parent_N), key_NT], 1)
+        value_NT = torch.cat([value_PT.index_select(0, parent_N), value_NT], 1)
+        out.append(_attend(query_NT, key_NT, value_NT, attn_mask=mask_N1QK, **options))
     return layout.flat(out), None
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
+    """torch's attention over [N, T, heads, D]; fewer heads of keys and values are shared by those of queries."""
+    dtype = query.dtype
+    if query.device.type == "cpu":  # whose kernel takes twice as long in bfloat16, most of it in the backward pass
+        query, key, value = (x.float() for x in (query, key, value))
+    if query.is_cuda and "attn_mask" in options:  # whose fused kernels take a mask or shared heads, not both
+        key, value = (x.repeat_interleave(query.shape[2] // key.shape[2], 2) for x in (key, value))
+    heads_first = (x.transpose(1, 2) for x in (query, key, value))
+    out = nn.functional.scaled_dot_product_attention(*heads_first, enable_gqa=True, **options)
+    return out.transpose(1, 2).to(dtype)
 
 
 AttentionInterface.register(_ATTENTION, attention)
