@@ -221,7 +221,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
     dtype = query.dtype
     if query.device.type == "cpu":  # whose kernel takes twice as long in bfloat16, most of it in the backward pass
         query, key, value = (x.float() for x in (query, key, value))
-    if query.is_cuda and "attn_mask" in options:  # whose fused kernels take a mask or shared heads, not both
+    elif "attn_mask" in options:  # CUDA's fused kernels take a mask or shared heads, not both
         key, value = (x.repeat_interleave(query.shape[2] // key.shape[2], 2) for x in (key, value))
     heads_first = (x.transpose(1, 2) for x in (query, key, value))
     out = nn.functional.scaled_dot_product_attention(*heads_first, enable_gqa=True, **options)
