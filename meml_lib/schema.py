@@ -555,7 +555,7 @@ class HardwareParams(Section):
     accelerate_config: Text | None = None
     """An accelerate config file (FSDP, several machines); null: plain data parallel."""
     micro_batch_tokens: PositiveInt
-    """Tokens, padding included, of one forward and backward pass."""
+    """Tokens of one forward and backward pass; a prompt counts once for all of its answers there."""
     cell_timeout_s: PositiveFloat | None
     """A notebook's cell that runs longer fails its job, when run by `meml run`; null: never."""
     job_timeout_s: PositiveFloat | None

@@ -15,9 +15,11 @@ from meml_lib.training.learner import Learner
 from meml_lib.training.losses import Part, WeighedRow
 from meml_lib.training.policy import Policy, Row
 
-ADAMW = OptimizerParams(optimizer="adamw", lr=1e-3, weight_decay=0.0, warmup_steps=0, decay="constant", max_grad_norm=None)
-SIZES = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 64}
-SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+ADAMW = OptimizerParams(
+    optimizer="adamw", lr=1e-3, weight_decay=0.0, warmup_steps=0, decay="constant", max_grad_norm=None
+)
+SIZES = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SIZES |= {"max_position_embeddings": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 PACKED = {
     "llama": LlamaConfig(**SIZES, tie_word_embeddings=True),
     "llama with biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
@@ -183,9 +185,13 @@ def test_bfloat16_is_as_near_to_float32_as_the_plain_path_is():
 
 def test_each_prompt_and_each_row_is_run_once(monkeypatch):
     policy, parts = policy_of(PACKED["llama"]), list(parts_of().values())
-    seen = []
-    forward = policy.model.forward
-    monkeypatch.setattr(policy.model, "forward", lambda **given: seen.append(given["input_ids"].numel()) or forward(**given))
+    seen, forward = [], policy.model.forward
+
+    def counted(**given):
+        seen.append(given["input_ids"].numel())
+        return forward(**given)
+
+    monkeypatch.setattr(policy.model, "forward", counted)
     updated(policy, parts)
     rows = {r.row for part in parts for r in part.rows if r.count}
     assert seen == [sum(len(prompt) for prompt in {r.prompt for r in rows}) + sum(len(r.answer) - 1 for r in rows)]

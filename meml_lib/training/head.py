@@ -1,8 +1,8 @@
 """The losses of a micro-batch at its answers' tokens, some of them at a time, and their gradient in the same go.
 
-Logits are as wide as the vocabulary: a micro-batch's would often outweigh the model. They are computed once, in slabs; a
-slab gives its losses, its own memory takes their gradient, and it is gone before the next. The backward pass only hands
-the gradients on.
+Logits are as wide as the vocabulary: a micro-batch's would often outweigh the model. They are computed once, in slabs;
+a slab gives its losses, its own memory takes their gradient, and it is gone before the next. The backward pass only
+hands the gradients on.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from meml_lib.training.policy import Row
 SLAB_BYTES = 256 * 2**20
 """Of a slab's logits, in the model's dtype; the more tokens, the faster the matrix products."""
 CHUNK_BYTES = 16 * 2**20
-"""Of a chunk of a slab in float32, about three times alive; glibc hands such sizes out again, larger ones fresh from the
-system, page by page."""
+"""Of a chunk of a slab in float32, about twice alive; glibc hands such sizes out again, larger ones fresh from the system,
+page by page."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class _Term:
     at_k: Tensor
     weight_k: Tensor
     best_k: Tensor
-    """The best expert's log-probability of each, or where its distribution stands; empty where the part wants neither."""
+    """The best expert's log-probability of each, or the place of its distribution; empty where the part wants neither."""
 
     def within(self, start: int, end: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         inside_k = (self.at_k >= start) & (self.at_k < end)
@@ -78,10 +78,11 @@ class AnswerLoss:
         self._token_n = torch.tensor([token for row in rows for token in row.answer])
         self.losses = torch.zeros(len(parts))
         """Of each part, without its scale; nats."""
-        places, best_places = _places(rows), dict(zip(best_rows, _places(best_rows), strict=True))
+        best_places = dict(zip(best_rows, _places(best_rows), strict=True))
+        placed = [(place, use) for place, of_row in zip(_places(rows), uses, strict=True) for use in of_row]
         self._terms = []
         for i, part in enumerate(parts):
-            used = [(place, use) for place, of_row in zip(places, uses, strict=True) for use in of_row if use.part == i]
+            used = [(place, use) for place, use in placed if use.part == i]
             if used:
                 best = [torch.empty(0)]
                 if part.against == "rollouts":
@@ -135,7 +136,7 @@ class _InSlabs(torch.autograd.Function):
             return x_cF if weight_VF is None else functional.linear(x_cF, weight_VF, bias_V)
 
         wide = x_nF.shape[-1] if weight_VF is None else len(weight_VF)
-        slab, chunk = (max(1, bytes // (wide * size)) for bytes, size in ((SLAB_BYTES, x_nF.itemsize), (CHUNK_BYTES, 4)))
+        slab, chunk = max(1, SLAB_BYTES // (wide * x_nF.itemsize)), max(1, CHUNK_BYTES // (wide * 4))
         total, grad_x, grad_weight, grad_bias = 0.0, torch.empty_like(x_nF), None, None
         for start in range(0, len(x_nF), slab):
             x_sF = x_nF[start : start + slab]

@@ -25,7 +25,7 @@ class Learner:
       params: optimiser and learning-rate schedule.
       steps: length of the schedule, in steps.
       max_answer_tokens: the constant of divide_by "constant".
-      micro_batch_tokens: of one forward and backward pass; a prompt counts once for all of its answers there, and padding
+      micro_batch_tokens: of one forward and backward pass; a prompt counts once for all of its answers there, padding
         only where the model cannot be packed (`packing.packs`).
     """
 

@@ -1,7 +1,7 @@
 """Rows through the model without padding, each prompt once: a forward pass over T flat tokens.
 
-The rows of a micro-batch are trees: a prompt and its answers. Every layer but attention works on each token alone, so the
-tokens stand in one flat line, a prompt's before all of its answers', positions counted on from the prompt. Attention
+The rows of a micro-batch are trees: a prompt and its answers. Every layer but attention works on each token alone, so
+the tokens stand in one flat line, prompts before answers, an answer's positions counted on from its prompt's. Attention
 takes its queries, keys and values out of that line into padded batches, the prompts' own and the answers' over their
 prompt's keys and their own, calls torch's attention on them, and puts the results back into the line.
 """
@@ -36,7 +36,7 @@ def packs(model: PreTrainedModel) -> bool:
 def trees(rows: Sequence[Row], budget: int) -> Iterator[list[int]]:
     """Split rows into micro-batches within a budget of tokens, a prompt counted once for all of its answers there.
 
-    Args: budget: most tokens of a micro-batch; a row that exceeds it stands alone, and a tree that does is split.
+    Args: budget: most tokens of a micro-batch; a row that exceeds it stands alone, and only a tree that does is split.
     Yields: row numbers, longest prompts first, a prompt's rows adjoining and the longest first; each row once.
 
     >>> a, b = (1, 1, 1), (2, 2)
@@ -49,8 +49,8 @@ def trees(rows: Sequence[Row], budget: int) -> Iterator[list[int]]:
     batch: list[int] = []
     left = budget
     for prompt, tree in sorted(by_prompt.items(), key=lambda item: -len(item[0])):
-        answers = sum(len(rows[n].answer) for n in tree)
-        if batch and len(prompt) + answers > left:
+        whole, least = len(prompt) + sum(len(rows[n].answer) for n in tree), len(prompt) + len(rows[tree[0]].answer)
+        if batch and (whole if whole <= budget else least) > left:
             yield batch
             batch, left = [], budget
         left -= len(prompt)
@@ -87,7 +87,8 @@ def run(policy: Policy, model: nn.Module, rows: Sequence[Row], head: Head) -> Te
     start = np.cumsum([0, *map(len, inputs)])
     # The prompt's last token predicts the answer's first.
     lasts, starts = start[1:][parent_N] - 1, start[len(prompts) : -1]
-    predicts = [np.append(last, np.arange(at, at + n - 1)) for last, at, n in zip(lasts, starts, answer_tokens_N, strict=True)]
+    places = zip(lasts, starts, answer_tokens_N, strict=True)
+    predicts = np.concatenate([np.append(last, np.arange(at, at + n - 1)) for last, at, n in places])
 
     output = policy.model.get_output_embeddings()
     output.forward = lambda hidden_1nH: head(hidden_1nH[0], output.weight, output.bias)
@@ -95,7 +96,7 @@ def run(policy: Policy, model: nn.Module, rows: Sequence[Row], head: Head) -> Te
         return model(
             input_ids=torch.tensor([[token for tokens in inputs for token in tokens]], device=policy.model.device),
             position_ids=torch.from_numpy(positions)[None].to(policy.model.device),
-            logits_to_keep=torch.from_numpy(np.concatenate(predicts)).to(policy.model.device),
+            logits_to_keep=torch.from_numpy(predicts).to(policy.model.device),
             use_cache=False,
             layout=layout,
         ).logits
@@ -117,8 +118,8 @@ def packed_attention(model: PreTrainedModel) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each of T flat tokens stands once prompts [P, Tp] and answers are padded; answers in buckets [N, Ta] of similar
-    length. The padded places of all of them, one batch after the other, are numbered by R."""
+    """Where each of T flat tokens stands once prompts [P, Tp] and answers are padded; answers in buckets [N, Ta] of
+    similar length. The padded places of all of them, one batch after the other, are numbered by R."""
 
     token_R: Tensor
     """The flat token of each padded place; any where it is padding."""
@@ -204,7 +205,7 @@ def attention(
     dropout: float = 0.0,
     **unused,
 ) -> tuple[Tensor, None]:
-    """Attention of one layer, as transformers calls it, over a layout's flat tokens: [1, heads, T, D] -> [1, T, heads, D]."""
+    """Attention of one layer, as transformers calls it, over flat tokens: [1, heads, T, D] -> [1, T, heads, D]."""
     (query_PT, *queries), (key_PT, *keys), (value_PT, *values) = (layout.pad(x) for x in (query, key, value))
     options = {"scale": scaling, "dropout_p": dropout}
     out = [_attend(query_PT, key_PT, value_PT, is_causal=True, **options)]
