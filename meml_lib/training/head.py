@@ -21,8 +21,8 @@ from meml_lib.training.policy import Row
 SLAB_BYTES = 256 * 2**20
 """Of a slab's logits, in the model's dtype; the more tokens, the faster the matrix products."""
 CHUNK_BYTES = 16 * 2**20
-"""Of a chunk of a slab in float32, about twice alive; glibc hands such sizes out again, larger ones fresh from the system,
-page by page."""
+"""Of a chunk of a slab in float32, about twice alive; glibc hands such sizes out again, larger ones come fresh from the
+system, page by page."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class _Term:
     at_k: Tensor
     weight_k: Tensor
     best_k: Tensor
-    """The best expert's log-probability of each, or the place of its distribution; empty where the part wants neither."""
+    """The best expert's log-probability of each, or the place of its distribution; empty where neither is wanted."""
 
     def within(self, start: int, end: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         inside_k = (self.at_k >= start) & (self.at_k < end)
@@ -89,8 +89,9 @@ class AnswerLoss:
                     best = [torch.tensor(use.row.best_logp) for _, use in used]
                 elif part.against == "distributions":
                     best = [best_places[use.best_row] for _, use in used]
-                weights = [torch.full((len(place),), use.weight) for place, use in used]
-                self._terms.append(_Term(i, torch.cat([place for place, _ in used]), torch.cat(weights), torch.cat(best)))
+                weight_k = torch.cat([torch.full((len(place),), use.weight) for place, use in used])
+                at_k = torch.cat([place for place, _ in used])
+                self._terms.append(_Term(i, at_k, weight_k, torch.cat(best)))
 
     def __call__(self, x_nF: Tensor, weight_VF: Tensor | None, bias_V: Tensor | None) -> Tensor:
         self._token_n, self.losses = self._token_n.to(x_nF.device), self.losses.to(x_nF.device)
