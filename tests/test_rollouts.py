@@ -61,25 +61,55 @@ def test_rollouts_of_one_prompt_differ_and_repeat_with_their_key(policy, prompts
 
 
 def test_draws_follow_the_distribution():
-    logp = torch.tensor([[0.1, 0.6, 0.3]]).log().expand(20_000, 3)
+    logits = torch.tensor([[0.1, 0.6, 0.3]]).log().expand(20_000, 3) + 5.0
     uniform = torch.from_numpy(np.random.default_rng(0).random(20_000))
-    share = native.draw(logp, uniform, temperature=1.0, top_p=None).bincount() / 20_000
-    assert share.tolist() == pytest.approx([0.1, 0.6, 0.3], abs=0.015)
-    squared = native.draw(logp, uniform, temperature=0.5, top_p=None).bincount() / 20_000
-    assert squared.tolist() == pytest.approx([0.01 / 0.46, 0.36 / 0.46, 0.09 / 0.46], abs=0.015)
+    token, _, _ = native.choose(logits, uniform, temperature=1.0, top_p=None)
+    assert (token.bincount() / 20_000).tolist() == pytest.approx([0.1, 0.6, 0.3], abs=0.015)
+    token, _, _ = native.choose(logits, uniform, temperature=0.5, top_p=None)
+    assert (token.bincount() / 20_000).tolist() == pytest.approx([0.01 / 0.46, 0.36 / 0.46, 0.09 / 0.46], abs=0.015)
 
 
 def test_top_p_keeps_the_smallest_set_that_holds_the_mass():
-    logp = torch.tensor([[0.1, 0.6, 0.3]]).log().expand(2_000, 3)
+    p = torch.tensor([[0.1, 0.6, 0.3]]).expand(2_000, 3)
     uniform = torch.from_numpy(np.random.default_rng(0).random(2_000))
-    assert native.draw(logp, uniform, temperature=1.0, top_p=0.6).unique().tolist() == [1]
-    assert native.draw(logp, uniform, temperature=1.0, top_p=0.7).unique().tolist() == [1, 2]
+    assert native.draw(p, uniform, top_p=0.6).unique().tolist() == [1]
+    assert native.draw(p, uniform, top_p=0.7).unique().tolist() == [1, 2]
 
 
-def test_the_largest_uniform_still_finds_a_token():
-    logp = torch.full((1, 50_000), 1 / 50_000).log()
-    below_one = torch.tensor([np.nextafter(1.0, 0.0)])
-    assert native.draw(logp, below_one, temperature=1.0, top_p=None).item() < 50_000
+@pytest.mark.parametrize("words", [49_152, 50_257, 1_999, 3])  # 1,999 is prime: blocks of one word
+def test_a_draw_is_the_inverse_of_the_whole_cumulative_distribution(words):
+    logits = 3 * torch.randn(512, words, generator=torch.Generator().manual_seed(0))
+    logits[:, ::3] = -torch.inf
+    p, uniform = logits.softmax(-1), torch.from_numpy(np.random.default_rng(0).random(512))
+    for top_p in (None, 0.9):
+        kept = p
+        if top_p is not None:
+            least = torch.stack([row.sort(descending=True).values[: native_nucleus(row, top_p)].min() for row in p])
+            kept = p.masked_fill(p < least[:, None], 0.0)
+        upto = kept.double().cumsum(-1)
+        whole = torch.searchsorted(upto, (uniform * upto[:, -1])[:, None], right=True)[:, 0]
+        assert native.draw(p, uniform, top_p=top_p).equal(whole)
+
+
+def native_nucleus(p, top_p):
+    return int((p.sort(descending=True).values.cumsum(-1) < top_p).sum()) + 1
+
+
+def test_extreme_uniforms_still_find_a_possible_token():
+    p = torch.full((2, 50_000), 1 / 49_998)
+    p[:, [0, -1]] = 0.0
+    extreme = torch.tensor([0.0, np.nextafter(1.0, 0.0)], dtype=torch.float64)
+    assert native.draw(p, extreme, top_p=None).tolist() == [1, 49_998]
+
+
+def test_logp_and_entropy_are_those_of_the_distribution_impossible_tokens_included():
+    logits = 4 * torch.randn(64, 500, generator=torch.Generator().manual_seed(0)) + 30
+    logits[:, 7] = -torch.inf
+    for temperature in (None, 1.0, 0.3, 3.0):
+        token, logp, entropy = native.choose(logits, torch.full((64,), 0.4, dtype=torch.float64), temperature=temperature, top_p=None)
+        truth = torch.distributions.Categorical(logits=logits.double().clamp(min=-1e30))
+        assert logp.double().allclose(truth.log_prob(token), atol=1e-5)
+        assert entropy.double().allclose(truth.entropy(), atol=1e-4)
 
 
 def test_several_end_tokens_end_and_belong_to_the_answer(policy, prompts):
