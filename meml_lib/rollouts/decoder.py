@@ -104,7 +104,7 @@ class Decoder:
         cos, sin = (table[0, :, : size // 2].float() for table in weights.rotary(weights.embedding, positions))
         self._turns_T = torch.complex(cos, sin)
         # A prompt's keys as columns and its values as rows, [P, heads, ...], and its padding's bias.
-        self._prompts = [(k[..., weights.order].mT.contiguous(), v) for k, v in ((c.keys, c.values) for c in cache.layers)]
+        self._prompts = [(c.keys[..., weights.order].mT.contiguous(), c.values.contiguous()) for c in cache.layers]
         self._bias_P = torch.zeros(mask_PT.shape, dtype=dtype, device=device).masked_fill_(mask_PT == 0, -torch.inf)
         self._prompt_of_row = prompt_of_row
         # Zeros, not empty: a column beyond the answer still enters the product, where 0 times a stray nan is nan.

@@ -22,6 +22,8 @@ from meml_lib.rollouts.forward import Forward
 _CHECK = {"cpu": 1, "cuda": 8}  # tokens between two looks at which rows have finished: on CUDA, looking is waiting
 _REFILL = {"cpu": 7 / 8, "cuda": 1 / 2}  # finished rows leave below this share alive: copies the cache, records a graph
 
+_ENTRIES = {"cpu": 2**18, "cuda": 2**25}  # of [N, V] that a draw works on at a time
+
 
 @torch.inference_mode()
 def sample(
@@ -80,9 +82,7 @@ def _decode(answers: decoder.Decoder | Forward, uniform_NT, end_ids, temperature
     logits_NV = answers.logits_NV
 
     for t in range(limit):
-        token_N, logp_N, entropy_N = choose(
-            logits_NV.float(), uniform_TN[t, alive], temperature=temperature, top_p=top_p
-        )
+        token_N, logp_N, entropy_N = choose(logits_NV, uniform_TN[t, alive], temperature=temperature, top_p=top_p)
         for told_TN, told_N in ((token_TN, token_N), (logp_TN, logp_N), (entropy_TN, entropy_N)):
             told_TN[t].index_copy_(0, alive, told_N)
         ended_N = ended_N | (token_N[:, None] == ends).any(-1)
@@ -113,11 +113,20 @@ def choose(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The next token of each row, and what the policy at temperature 1 says of it, in few passes over the vocabulary.
 
+    A few rows at a time: their copies stay in the processor's cache, and no memory is handed out anew at every step.
+
     Args:
-      logits_NV: float32; an impossible token's is -inf. uniform_N: float64 in [0, 1).
+      logits_NV: float; an impossible token's is -inf. uniform_N: float64 in [0, 1).
       temperature: > 0, or None for the most likely token. top_p: see `draw`.
     Returns: [N] token ids; their log-probabilities and the distributions' entropies, in nats.
     """
+    rows = max(1, _ENTRIES[logits_NV.device.type] // logits_NV.shape[1])
+    chunks = zip(logits_NV.split(rows), uniform_N.split(rows), strict=True)
+    told = [_choose(logits_nV.float(), uniform_n, temperature, top_p) for logits_nV, uniform_n in chunks]
+    return tuple(map(torch.cat, zip(*told, strict=True)))
+
+
+def _choose(logits_NV: Tensor, uniform_N: Tensor, temperature, top_p) -> tuple[Tensor, Tensor, Tensor]:
     p_NV = logits_NV.softmax(-1)
     if temperature is None:
         token_N = logits_NV.argmax(-1)
@@ -127,7 +136,7 @@ def choose(
     lse_N = logits_NV.amax(-1) - p_NV.amax(-1).log()
     logp_N = logits_NV.gather(-1, token_N[:, None])[:, 0] - lse_N
     # Entropy is E[-log p] = lse - E[logit]; finite, since 0 times an impossible token's -inf is nan.
-    entropy_N = lse_N - torch.linalg.vecdot(p_NV, logits_NV.clamp(min=torch.finfo(logits_NV.dtype).min))
+    entropy_N = lse_N - torch.linalg.vecdot(p_NV, logits_NV.clamp(min=torch.finfo(torch.float32).min))
     return token_N, logp_N, entropy_N
 
 
