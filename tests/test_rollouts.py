@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from meml_lib.rollouts import native, uniforms
+from meml_lib.rollouts import decoder, native, uniforms
 from meml_lib.training.policy import Row
 
 
@@ -150,3 +151,168 @@ def test_uniforms_depend_on_every_part_of_the_key():
     draws = [uniforms(*key, count=4).tolist() for key in keys]
     assert len({tuple(d) for d in draws}) == len(keys)
     assert draws[0] == uniforms(*keys[0], count=4).tolist()
+
+
+# --- models of every kind ---------------------------------------------------------------------------------------------
+
+SIZES = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": None, "eos_token_id": None}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "original_max_position_embeddings": 16}
+LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+MODELS = {  # name: its configuration, and whether `decoder` runs it; else transformers does
+    "llama": ({}, True),
+    "llama, untied, biases": ({"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}, True),
+    "llama, tied, head size": ({"tie_word_embeddings": True, "head_dim": 16, "num_key_value_heads": 1}, True),
+    "llama, scaled positions": ({"rope_parameters": LLAMA3}, True),
+    "llama, moving positions": ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, False),
+    "mistral": ({"sliding_window": None}, True),
+    "mistral, unused window": ({"sliding_window": 64}, True),
+    "mistral, window": ({"sliding_window": 12}, False),
+    "qwen2": ({"tie_word_embeddings": True}, True),
+    "qwen3": ({"head_dim": 8}, True),
+    "gemma2": ({"head_dim": 8, "sliding_window": 64, "query_pre_attn_scalar": 8}, False),
+    "gpt2": ({"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256}, False),
+}
+PROMPTS = [(3, 1, 4, 1, 5), (9, 2), (9, 2), (6, 5, 3, 5, 8, 9, 7, 9, 3), (2,), (9, 2), (6, 5, 3, 5, 8, 9, 7, 9, 3)]
+
+
+def make(name: str, dtype=torch.float32) -> torch.nn.Module:
+    """Random weights, norms and biases among them, large enough that the position of a token matters."""
+    options, runs = MODELS[name]
+    config = AutoConfig.for_model(name.split(",")[0], **(SIZES | options))
+    generator = torch.Generator().manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for weight in model.parameters():
+        scale = 0.3 if weight.dim() == 1 else 2 / weight.shape[-1] ** 0.5
+        weight.data.add_(scale * torch.randn(weight.shape, generator=generator))
+    assert decoder.fits(model, 40) == runs
+    return model.to(dtype)
+
+
+def answers(model, prompts=PROMPTS, *, limit=24, rows_per_batch=99, end_ids=(99,), temperature=1.0):
+    uniform_NT = np.stack([uniforms("test", n, count=limit) for n in range(len(prompts))])
+    options = {"end_ids": end_ids, "max_answer_tokens": limit, "rows_per_batch": rows_per_batch}
+    return native.sample(model, prompts, uniform_NT=uniform_NT, temperature=temperature, **options)
+
+
+@torch.no_grad()
+def scored(model, prompt, tokens) -> torch.Tensor:
+    """Log-probabilities [T, V] by one plain forward pass, without cache, mask or padding."""
+    logits = model(torch.tensor([[*prompt, *tokens]]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+    return logits.float().log_softmax(-1)
+
+
+def agree(model, rollouts, prompts=PROMPTS, *, within=1e-4):
+    for prompt, rollout in zip(prompts, rollouts, strict=True):
+        logp_TV = scored(model, prompt, rollout.tokens)
+        logp_T = logp_TV.gather(-1, torch.tensor(rollout.tokens)[:, None])[:, 0]
+        assert list(rollout.logp) == pytest.approx(logp_T.tolist(), abs=within)
+        assert rollout.entropy == pytest.approx(-(logp_TV.exp() * logp_TV).sum(-1).mean().item(), abs=within)
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    return make(request.param)
+
+
+def test_every_model_samples_what_its_own_forward_pass_says(model):
+    rollouts = answers(model)
+    agree(model, rollouts)
+    assert len({r.tokens for r in rollouts}) == len(rollouts)  # equal prompts have draws of their own
+    assert [r.tokens for r in rollouts] == [r.tokens for r in answers(model, rows_per_batch=2)]
+    for prompt, rollout in zip(PROMPTS, answers(model, temperature=None), strict=True):
+        ids = torch.tensor([prompt])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, pad_token_id=0)
+        assert list(rollout.tokens) == out[0, len(prompt) :].tolist()
+
+
+def test_rows_that_leave_early_do_not_move_the_others(model):
+    free = answers(model)
+    ends = tuple({free[n].tokens[t] for n, t in ((0, 3), (2, 7), (3, 5), (5, 12))})
+    left = answers(model, end_ids=ends)
+    agree(model, left)
+    assert len({len(r.tokens) for r in left}) >= 4 and any(r.ended for r in left)
+    for before, after in zip(free, left, strict=True):
+        first = next((t for t, token in enumerate(before.tokens) if token in ends), len(before.tokens) - 1)
+        assert after.tokens == before.tokens[: first + 1]
+
+
+@pytest.mark.parametrize(("check", "refill", "block"), [(8, 0.5, 16), (3, 1.0, 5)])
+def test_looking_rarely_and_attending_to_room_that_is_still_empty_change_nothing(monkeypatch, check, refill, block):
+    model = make("qwen3")
+    ends = tuple({answers(model)[n].tokens[t] for n, t in ((0, 3), (2, 7), (3, 5), (5, 12))})
+    want = answers(model, end_ids=ends)
+    monkeypatch.setattr(native, "_CHECK", check)
+    monkeypatch.setattr(native, "_REFILL", refill)
+    monkeypatch.setattr(decoder, "_BLOCK", block)
+    got = answers(model, end_ids=ends)
+    assert [(r.tokens, r.ended) for r in got] == [(r.tokens, r.ended) for r in want]
+    agree(model, got)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_matrices_laid_out_ahead_give_the_same_products(monkeypatch, dtype):
+    model = make("llama, untied, biases", dtype)
+    plain = decoder.Weights(model)
+    monkeypatch.setattr(decoder, "_PACK", 0)
+    packed = decoder.Weights(model)
+    for of in (lambda w: w.layers[1].qkv, lambda w: w.layers[1].gate_up, lambda w: w.head):
+        for rows in (1, 7, 96):
+            x = torch.randn(rows, 32, generator=torch.Generator().manual_seed(rows)).to(dtype)
+            torch.testing.assert_close(of(packed)(x), of(plain)(x))
+    if dtype is torch.float32:
+        agree(model, answers(model))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_bfloat16_keeps_to_its_own_rounding(name):
+    """The decoder's step is no further from the truth (float32, the same weights) than the model's own pass is."""
+    model = make(name, torch.bfloat16)
+    rollouts, truth = answers(model), make(name, torch.bfloat16).float()
+    ours, theirs = [], []
+    for prompt, rollout in zip(PROMPTS, rollouts, strict=True):
+        at = torch.tensor(rollout.tokens)[:, None]
+        true_T, plain_T = (scored(m, prompt, rollout.tokens).gather(-1, at)[:, 0] for m in (truth, model))
+        ours += (torch.tensor(rollout.logp) - true_T).tolist()
+        theirs += (plain_T - true_T).tolist()
+    assert np.square(ours).mean() ** 0.5 < 1.5 * np.square(theirs).mean() ** 0.5
+
+
+def test_the_next_sample_uses_the_updated_weights(model):
+    before = answers(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.tensor([PROMPTS[0]]), labels=torch.tensor([PROMPTS[0]])).loss.backward()
+    optimizer.step()
+    after = answers(model)
+    agree(model, after)
+    assert [r.logp for r in before] != [r.logp for r in after]
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_adapters_take_part(merged):
+    from peft import LoraConfig, get_peft_model
+
+    plain = make("qwen2")
+    without = answers(plain)
+    model = get_peft_model(plain, LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")).eval()
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    if merged:
+        model.merge_adapter()
+    assert decoder.fits(model, 40)
+    rollouts = answers(model)
+    agree(model, rollouts)
+    assert [r.tokens for r in rollouts] != [r.tokens for r in without]
+
+
+def test_adapters_that_are_more_than_a_sum_are_left_to_transformers():
+    from peft import LoraConfig, get_peft_model
+
+    options = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    for kind, runs in (({}, True), ({"use_dora": True}, False), ({"lora_bias": True}, False)):
+        model = get_peft_model(make("llama, untied, biases"), LoraConfig(**options, **kind)).eval()
+        assert decoder.fits(model, 40) == runs
+        agree(model, answers(model))
+        with model.disable_adapter():
+            assert not decoder.fits(model, 40)

@@ -22,7 +22,7 @@ from meml_lib.rollouts.forward import prefill
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _ROPES = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on how long the text is
 _PACK = 2**18  # weights; the product of a smaller matrix takes longer when it is packed
-_BLOCK = {"cpu": 1, "cuda": 128}  # columns by which an answer's attention widens; a graph has one width
+_BLOCK, _CUDA_BLOCK = 1, 128  # columns by which an answer's attention widens; a graph has one width
 
 
 def fits(model: PreTrainedModel, positions: int) -> bool:
@@ -31,9 +31,10 @@ def fits(model: PreTrainedModel, positions: int) -> bool:
     window = getattr(config, "sliding_window", None)
     if config.model_type not in _FAMILIES or config.rope_parameters["rope_type"] not in _ROPES:
         return False
-    return (window is None or positions < window) and all(
-        _is_plain(module) for module in base.modules() if hasattr(module, "in_features")
-    )
+    linear = [module for layer in base.model.layers for part in (layer.self_attn, layer.mlp) for module in part.children()]
+    linear = [base.lm_head, *(module for module in linear if hasattr(module, "in_features"))]
+    unwindowed = window is None or positions < window
+    return unwindowed and type(base.model.embed_tokens) is nn.Embedding and all(map(_is_plain, linear))
 
 
 class _Layer(NamedTuple):
@@ -94,12 +95,12 @@ class Decoder:
         self._w, self._step = weights, 0
         cache, logits_PV, mask_PT = prefill(weights.model, prompts)
         device, dtype, heads, size = logits_PV.device, weights.embedding.dtype, weights.kv_heads, weights.head_size
-        self._block = _BLOCK[device.type]
+        self._block = _CUDA_BLOCK if device.type == "cuda" else _BLOCK
         room = -(-room // self._block) * self._block
         rows_N = torch.tensor(prompt_of_row, device=device)
         self.logits_NV = logits_PV[rows_N]
         """The first token's."""
-        self._position_N = mask_PT.sum(-1)[rows_N]
+        self._position_N, self._at = mask_PT.sum(-1)[rows_N], torch.zeros(1, dtype=torch.long, device=device)
         positions = torch.arange(mask_PT.shape[1] + room, device=device)[None]
         cos, sin = (table[0, :, : size // 2].float() for table in weights.rotary(weights.embedding, positions))
         self._turns_T = torch.complex(cos, sin)
@@ -146,35 +147,35 @@ class Decoder:
     def step(self, token_N: Tensor) -> Tensor:
         """Append a token to every row. Returns: the next one's logits [N, V], which the step after may overwrite."""
         width = (self._step // self._block + 1) * self._block
-        at = torch.tensor([self._step], device=token_N.device)
+        self._at.fill_(self._step)
         self._step += 1
         if token_N.device.type != "cuda":
-            return self._forward(token_N, at, width)
+            return self._forward(token_N, width)
         if self._graph is None or self._width != width:
-            self._capture(token_N, at, width)
+            self._capture(token_N, width)
         self._token_N.copy_(token_N)
-        self._at.copy_(at)
         self._graph.replay()
         return self._logits_NV
 
-    def _capture(self, token_N: Tensor, at: Tensor, width: int) -> None:
+    def _capture(self, token_N: Tensor, width: int) -> None:
         """Record a step of so many rows and columns. Never run by us: no CUDA machine was at hand."""
-        self._width, self._token_N, self._at = width, token_N.clone(), at.clone()
+        self._width, self._token_N, self._graph = width, token_N.clone(), None
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # once before recording, so that libraries have their workspaces
-            self._forward(self._token_N, self._at, width)
+            self._forward(self._token_N, width)
         torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._logits_NV = self._forward(self._token_N, self._at, width)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._logits_NV = self._forward(self._token_N, width)
+        self._graph = graph
 
-    def _forward(self, token_N: Tensor, at: Tensor, width: int) -> Tensor:
-        """Token number `at` [1] of each answer, in attention over `width` > at columns of it. Doing it twice is harmless."""
-        w, rows = self._w, len(token_N)
+    def _forward(self, token_N: Tensor, width: int) -> Tensor:
+        """Append token number `at`; it attends to `width` > at columns of its answer. Doing it twice is harmless."""
+        w, at, rows = self._w, self._at, len(token_N)
         heads, kv_heads, size = w.heads, w.kv_heads, w.head_size
         turn_N = self._turns_T[self._position_N + at][:, None]
-        bias_T = torch.where(torch.arange(width, device=at.device) > at, -torch.inf, 0.0).to(w.embedding.dtype)
+        bias_T = w.embedding.new_zeros(width).masked_fill_(torch.arange(width, device=at.device) > at, -torch.inf)
         bias_P = self._bias_P[:, None].expand(-1, kv_heads, -1).flatten(0, 1)[:, None]
         x = F.embedding(token_N, w.embedding)
         for layer, prompt, own in zip(w.layers, self._prompts, self._own, strict=True):
@@ -220,16 +221,16 @@ def _base(model: PreTrainedModel) -> nn.Module:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """A linear layer whose weight can be read as it stands: neither quantised, sharded nor of another adapter's kind."""
-    if hasattr(module, "lora_A"):
-        return type(module.base_layer) is nn.Linear and not any(module.use_dora.values())
-    return type(module) is nn.Linear and type(module.weight) is nn.Parameter
+    """A linear layer whose weight can be read as it stands: neither quantised, sharded nor another kind of adapter's."""
+    base = getattr(module, "base_layer", module)  # peft's wrapper has one; DoRA and its like are variants
+    special = base is not module and (module.disable_adapters or module.lora_variant or any(module.lora_bias.values()))
+    return type(base) is nn.Linear and type(base.weight) is nn.Parameter and not special
 
 
 def _merged(module: nn.Module) -> Tensor:
     weight = module.weight
-    if hasattr(module, "lora_A") and not module.merged:
-        for adapter in module.active_adapters:
+    for adapter in getattr(module, "active_adapters", ()):
+        if adapter in module.lora_A and adapter not in module.merged_adapters:
             weight = weight + module.get_delta_weight(adapter)
     return weight
 

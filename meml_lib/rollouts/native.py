@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 from meml_lib.rollouts import Rollout, decoder
 from meml_lib.rollouts.forward import Forward
 
-_CHECK = {"cpu": 1, "cuda": 8}  # tokens between two looks at which rows have finished: on CUDA, looking is waiting
-_REFILL = {"cpu": 7 / 8, "cuda": 1 / 2}  # finished rows leave below this share alive: copies the cache, records a graph
-
-_ENTRIES = {"cpu": 2**18, "cuda": 2**25}  # of [N, V] that a draw works on at a time
+# CUDA's rows are looked at rarely, since looking is waiting, and leave rarely, since a graph is then recorded anew.
+_CHECK, _CUDA_CHECK = 1, 8  # tokens between two looks at which rows have finished
+_REFILL, _CUDA_REFILL = 7 / 8, 1 / 2  # finished rows leave when fewer than this share are alive; the cache is copied
+_ENTRIES, _CUDA_ENTRIES = 2**18, 2**25  # of [N, V], that a draw works on at a time
 
 
 @torch.inference_mode()
@@ -73,6 +73,7 @@ def sample(
 
 def _decode(answers: decoder.Decoder | Forward, uniform_NT, end_ids, temperature, top_p) -> list[Rollout]:
     device, (rows, limit) = uniform_NT.device, uniform_NT.shape
+    check, refill = (_CUDA_CHECK, _CUDA_REFILL) if device.type == "cuda" else (_CHECK, _REFILL)
     ends = torch.tensor(tuple(end_ids), device=device)
     uniform_TN = uniform_NT.T.contiguous()
     token_TN = torch.zeros(limit, rows, dtype=torch.long, device=device)
@@ -88,11 +89,11 @@ def _decode(answers: decoder.Decoder | Forward, uniform_NT, end_ids, temperature
         ended_N = ended_N | (token_N[:, None] == ends).any(-1)
         if t + 1 == limit:
             break
-        if (t + 1) % _CHECK[device.type] == 0:
+        if (t + 1) % check == 0:
             stay = (~ended_N).nonzero()[:, 0]
             if len(stay) == 0:
                 break
-            if len(stay) <= _REFILL[device.type] * len(alive):
+            if len(stay) <= refill * len(alive):
                 alive, token_N, ended_N = alive[stay], token_N[stay], ended_N[stay]
                 answers.keep(stay)
         logits_NV = answers.step(token_N)
@@ -120,7 +121,7 @@ def choose(
       temperature: > 0, or None for the most likely token. top_p: see `draw`.
     Returns: [N] token ids; their log-probabilities and the distributions' entropies, in nats.
     """
-    rows = max(1, _ENTRIES[logits_NV.device.type] // logits_NV.shape[1])
+    rows = max(1, (_CUDA_ENTRIES if logits_NV.is_cuda else _ENTRIES) // logits_NV.shape[1])
     chunks = zip(logits_NV.split(rows), uniform_N.split(rows), strict=True)
     told = [_choose(logits_nV.float(), uniform_n, temperature, top_p) for logits_nV, uniform_n in chunks]
     return tuple(map(torch.cat, zip(*told, strict=True)))
