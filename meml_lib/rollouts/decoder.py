@@ -104,23 +104,20 @@ class Decoder:
         positions = torch.arange(mask_PT.shape[1] + room, device=device)[None]
         cos, sin = (table[0, :, : size // 2].float() for table in weights.rotary(weights.embedding, positions))
         self._turns_T = torch.complex(cos, sin)
-        # A prompt's keys as columns and its values as rows, [P, heads, ...], and its padding's bias.
-        self._prompts = [(c.keys[..., weights.order].mT.contiguous(), c.values.contiguous()) for c in cache.layers]
-        self._bias_P = torch.zeros(mask_PT.shape, dtype=dtype, device=device).masked_fill_(mask_PT == 0, -torch.inf)
+        # Keys are columns and values rows, as their products read them: [P * heads, size, T] and [P * heads, T, size].
+        keys = (c.keys[..., weights.order].mT.flatten(0, 1).contiguous() for c in cache.layers)
+        self._prompts = list(zip(keys, (c.values.flatten(0, 1).contiguous() for c in cache.layers), strict=True))
+        bias_PT = torch.zeros(mask_PT.shape, dtype=dtype, device=device).masked_fill_(mask_PT == 0, -torch.inf)
+        self._bias = bias_PT.repeat_interleave(heads, 0)[:, None]
         self._prompt_of_row = prompt_of_row
         # Zeros, not empty: a column beyond the answer still enters the product, where 0 times a stray nan is nan.
-        self._own = [
-            (
-                torch.zeros(len(prompt_of_row), heads, size, room, dtype=dtype, device=device),
-                torch.zeros(len(prompt_of_row), heads, room, size, dtype=dtype, device=device),
-            )
-            for _ in cache.layers
-        ]
+        both, rows = {"dtype": dtype, "device": device}, len(prompt_of_row) * heads
+        self._own = [(torch.zeros(rows, size, room, **both), torch.zeros(rows, room, size, **both)) for _ in cache.layers]
         self._arrange()
 
     def _arrange(self) -> None:
         """Give every prompt as many slots as the most rows that one of them has."""
-        rows_P = [[n for n, p in enumerate(self._prompt_of_row) if p == at] for at in range(len(self._prompts[0][0]))]
+        rows_P = [[n for n, p in enumerate(self._prompt_of_row) if p == at] for at in range(max(self._prompt_of_row) + 1)]
         self._slots = max(map(len, rows_P))
         slots = [n for rows in rows_P for n in (rows + rows[:1] * self._slots)[: self._slots]]  # a spare one: any row
         if len(slots) == len(self._prompt_of_row):
@@ -135,14 +132,18 @@ class Decoder:
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows alone."""
         self._position_N = self._position_N[rows]
-        self._own = [(k[rows], v[rows]) for k, v in self._own]
+        self._own = [(self._select(k, rows), self._select(v, rows)) for k, v in self._own]
         prompt_of_row = [self._prompt_of_row[n] for n in rows.tolist()]
         asked = sorted(set(prompt_of_row))
+        if len(asked) <= max(self._prompt_of_row):
+            at = torch.tensor(asked, device=rows.device)
+            self._prompts = [(self._select(k, at), self._select(v, at)) for k, v in self._prompts]
+            self._bias = self._select(self._bias, at)
         self._prompt_of_row = [asked.index(p) for p in prompt_of_row]
-        if len(asked) < len(self._bias_P):
-            self._prompts = [(k[asked], v[asked]) for k, v in self._prompts]
-            self._bias_P = self._bias_P[asked]
         self._arrange()
+
+    def _select(self, x: Tensor, rows: Tensor) -> Tensor:
+        return x.unflatten(0, (-1, self._w.kv_heads))[rows].flatten(0, 1)
 
     def step(self, token_N: Tensor) -> Tensor:
         """Append a token to every row. Returns: the next one's logits [N, V], which the step after may overwrite."""
@@ -176,25 +177,22 @@ class Decoder:
         heads, kv_heads, size = w.heads, w.kv_heads, w.head_size
         turn_N = self._turns_T[self._position_N + at][:, None]
         bias_T = w.embedding.new_zeros(width).masked_fill_(torch.arange(width, device=at.device) > at, -torch.inf)
-        bias_P = self._bias_P[:, None].expand(-1, kv_heads, -1).flatten(0, 1)[:, None]
         x = F.embedding(token_N, w.embedding)
-        for layer, prompt, own in zip(w.layers, self._prompts, self._own, strict=True):
+        for layer, (prompt_k, prompt_v), (own_k, own_v) in zip(w.layers, self._prompts, self._own, strict=True):
             qkv = layer.qkv(F.rms_norm(x, x.shape[-1:], layer.norm, w.eps)).view(rows, -1, size)
             qk, v = qkv.split((heads + kv_heads, kv_heads), dim=1)
             if layer.qk_norm is not None:
                 qk = F.rms_norm(qk, (size,), None, w.eps) * layer.qk_norm
             turned = torch.view_as_complex(qk.float().unflatten(-1, (-1, 2))) * turn_N
             q, k = torch.view_as_real(turned).flatten(-2).to(v.dtype).split((heads, kv_heads), dim=1)
-            own[0].index_copy_(3, at, k[..., None])
-            own[1].index_copy_(2, at, v[:, :, None])
+            own_k.index_copy_(2, at, k.reshape(-1, size, 1))
+            own_v.index_copy_(1, at, v.reshape(-1, 1, size))
             q = q.reshape(rows * kv_heads, -1, size)
-            own_k, own_v = own[0][..., :width].flatten(0, 1), own[1][:, :, :width].flatten(0, 1)
-            prompt_k, prompt_v = (kv.flatten(0, 1) for kv in prompt)
-            near = torch.baddbmm(bias_T, q, own_k, alpha=w.scale)
-            far = torch.baddbmm(bias_P, self._by_prompt(q), prompt_k, alpha=w.scale)
+            near = torch.baddbmm(bias_T, q, own_k[..., :width], alpha=w.scale)
+            far = torch.baddbmm(self._bias, self._by_prompt(q), prompt_k, alpha=w.scale)
             p = torch.cat((self._by_row(far), near), dim=-1).softmax(-1)
             far, near = p.split((prompt_v.shape[1], width), dim=-1)
-            mixed = torch.baddbmm(self._by_row(self._by_prompt(far) @ prompt_v), near, own_v)
+            mixed = torch.baddbmm(self._by_row(self._by_prompt(far) @ prompt_v), near, own_v[:, :width])
             x = x + layer.out(mixed.view(rows, -1))
             gate, up = layer.gate_up(F.rms_norm(x, x.shape[-1:], layer.mlp_norm, w.eps)).chunk(2, dim=-1)
             x = x + layer.down(w.act(gate) * up)
