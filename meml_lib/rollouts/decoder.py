@@ -117,10 +117,12 @@ class Decoder:
 
     def _arrange(self) -> None:
         """Give every prompt as many slots as the most rows that one of them has."""
-        rows_P = [[n for n, p in enumerate(self._prompt_of_row) if p == at] for at in range(max(self._prompt_of_row) + 1)]
+        rows_P = [[] for _ in range(max(self._prompt_of_row) + 1)]
+        for n, prompt in enumerate(self._prompt_of_row):
+            rows_P[prompt].append(n)
         self._slots = max(map(len, rows_P))
         slots = [n for rows in rows_P for n in (rows + rows[:1] * self._slots)[: self._slots]]  # a spare one: any row
-        if len(slots) == len(self._prompt_of_row):
+        if slots == list(range(len(self._prompt_of_row))):
             self._row_of_slot = self._slot_of_row_N = None
         else:
             at = {n: slot for slot, n in reversed(list(enumerate(slots)))}

@@ -24,6 +24,8 @@ _CHECK, _CUDA_CHECK = 1, 8  # tokens between two looks at which rows have finish
 _REFILL, _CUDA_REFILL = 7 / 8, 1 / 2  # finished rows leave when fewer than this share are alive; the cache is copied
 _ENTRIES, _CUDA_ENTRIES = 2**18, 2**25  # of [N, V], that a draw works on at a time
 
+_IN_BLOCKS = 4096  # words from which sums of blocks are worth it
+
 
 @torch.inference_mode()
 def sample(
@@ -124,7 +126,7 @@ def choose(
     rows = max(1, (_CUDA_ENTRIES if logits_NV.is_cuda else _ENTRIES) // logits_NV.shape[1])
     chunks = zip(logits_NV.split(rows), uniform_N.split(rows), strict=True)
     told = [_choose(logits_nV.float(), uniform_n, temperature, top_p) for logits_nV, uniform_n in chunks]
-    return tuple(map(torch.cat, zip(*told, strict=True)))
+    return told[0] if len(told) == 1 else tuple(map(torch.cat, zip(*told, strict=True)))
 
 
 def _choose(logits_NV: Tensor, uniform_N: Tensor, temperature, top_p) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,7 +146,7 @@ def _choose(logits_NV: Tensor, uniform_N: Tensor, temperature, top_p) -> tuple[T
 def draw(p_NV: Tensor, uniform_N: Tensor, *, top_p: float | None) -> Tensor:
     """One token a row: the first whose cumulative probability exceeds the row's uniform number.
 
-    The sums are float64 and taken in two levels, of blocks and inside the block that is hit: a tenth of the work.
+    The sums are float64; of many words in two levels, of blocks and inside the block that is hit: a tenth of the work.
 
     Args:
       p_NV: probabilities, float32. uniform_N: float64 in [0, 1).
@@ -160,12 +162,14 @@ def draw(p_NV: Tensor, uniform_N: Tensor, *, top_p: float | None) -> Tensor:
         outside_NV = sorted_NV.cumsum(-1) - sorted_NV >= top_p  # the mass before a token already suffices
         p_NV = p_NV.masked_fill(torch.zeros_like(outside_NV).scatter(-1, order_NV, outside_NV), 0.0)
     rows, words = p_NV.shape
-    size = next(k for k in range(math.isqrt(words), 0, -1) if words % k == 0)
+    size = next(k for k in range(math.isqrt(words), 0, -1) if words % k == 0) if words >= _IN_BLOCKS else 1
     p_NBK = p_NV.reshape(rows, -1, size)
     upto_NB = p_NBK.sum(-1, dtype=torch.float64).cumsum(-1)
-    # Scaled by the sum, which rounding leaves near 1; below it even for the largest uniform, so that a block is found.
+    # Scaled by the sum, which rounding leaves near 1; below it even for the largest uniform, so that an entry is found.
     target_N1 = (uniform_N * upto_NB[:, -1])[:, None]
     block_N1 = torch.searchsorted(upto_NB, target_N1, right=True)
+    if size == 1:
+        return block_N1[:, 0]
     p_NK = p_NBK.take_along_dim(block_N1[..., None], 1)[:, 0].double()
     p_NK[:, :1] += F.pad(upto_NB, (1, 0)).gather(-1, block_N1)
     upto_NK = p_NK.cumsum(-1)
