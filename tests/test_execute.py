@@ -171,6 +171,19 @@ def test_a_failed_job_keeps_the_others_and_the_same_command_goes_on(project, qui
     assert executed(said) == {"03_riel-multi", "03_riel-full", "04_ablations", "05_report"}
 
 
+def test_magics_and_shell_lines_are_code_and_what_is_no_python_is_named_before_anything_runs(project):
+    notebook = Path("notebooks/04_ablations.ipynb")
+    project("04_ablations", light.OF_STUDY, light.S, "%%time\nx = 1", "names = !ls -a")
+    assert graph.code_cells(notebook)[4] == "names = get_ipython().getoutput('ls -a')\n"
+    before = graph.jobs(study())["04_ablations"].parts()["notebook"]
+    project("04_ablations", light.OF_STUDY, light.S, "%%time\nx = 1", "names = !ls")
+    after = graph.jobs(study())["04_ablations"].parts()["notebook"]
+    assert [name for name in after if after[name] != before[name]] == ["notebooks/04_ablations.ipynb code cell 4"]
+    project("04_ablations", light.OF_STUDY, light.S, "y = 1\nx = (")
+    with pytest.raises(config.ParamsError, match="notebooks/04_ablations.ipynb, code cell 3, line 2: '\\(' was never closed"):
+        graph.run(study(), 1, print)
+
+
 def test_the_graph_names_parents_threads_and_files(project):
     jobs = graph.jobs(study("seeds=[0,1]"))
     stage1 = [f"02_mef-stage1-equations+story+groups-seed-{seed}" for seed in (0, 1)]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -104,14 +106,31 @@ class Job:
 
 
 def code_cells(notebook: Path) -> dict[int, str]:
-    """Number among the code cells, from 1 -> code; without the parameter cell and lines of IPython's (% and !).
+    """Number among the code cells, from 1 -> code; without the parameter cell.
 
     Text cells are not counted: a new one must not rename those behind it.
+
+    Raises: config.ParamsError for a cell that is no Python, nor IPython's.
     """
     cells = [cell for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
     code = {n: cell for n, cell in enumerate(cells, start=1) if "parameters" not in cell["metadata"].get("tags", [])}
-    lines = {n: "".join(cell["source"]).splitlines() for n, cell in code.items()}
-    return {n: "\n".join(line for line in own if line[:1] not in ("%", "!")) for n, own in lines.items()}
+    place = f"{config.label_of(notebook)}, code cell"
+    return {n: _python("".join(cell["source"]), f"{place} {n}") for n, cell in code.items()}
+
+
+def _python(source: str, place: str) -> str:
+    """A cell's code, with magics and shell lines (% and !), which can matter too, as the calls that they stand for."""
+    with suppress(SyntaxError):
+        ast.parse(source)
+        return source
+    from IPython.core.inputtransformer2 import TransformerManager
+
+    try:
+        code = TransformerManager().transform_cell(source)
+        ast.parse(code)
+    except SyntaxError as error:
+        raise config.ParamsError(f"{place}, line {error.lineno}: {error.msg}") from error
+    return code
 
 
 def jobs(study: config.Study) -> dict[str, Job]:
