@@ -171,6 +171,14 @@ def test_a_failed_job_keeps_the_others_and_the_same_command_goes_on(project, qui
     assert executed(said) == {"03_riel-multi", "03_riel-full", "04_ablations", "05_report"}
 
 
+def test_a_job_that_failed_in_an_earlier_run_and_was_not_reached_in_this_one_did_not_run(project, quick_run):
+    project("03_riel", *NOTEBOOKS["03_riel"][:2], "assert False, 'stage 2 broke'")
+    assert "03_riel-full-seed-0: failed: AssertionError: stage 2 broke" in quick_run()[1]
+    project("02_mef", *NOTEBOOKS["02_mef"][:2], "assert False, 'stage 1 broke'")
+    code, said = quick_run("mef.lr=0.5")
+    assert code == 1 and "03_riel-full-seed-0: did not run, for want of the above" in said
+
+
 def test_magics_and_shell_lines_are_code_and_what_is_no_python_is_named_before_anything_runs(project):
     notebook = Path("notebooks/04_ablations.ipynb")
     project("04_ablations", light.OF_STUDY, light.S, "%%time\nx = 1", "names = !ls -a")

@@ -222,17 +222,17 @@ def run(study: config.Study, at_once: int | None, say: Callable[[str], None]) ->
             if name in stale or waiting & {*job.parents}:
                 waiting.add(name)
                 job.done.unlink(missing_ok=True)
-        code, folder = 0, RunFolder(study.folder)
+        code, folder, watching = 0, RunFolder(study.folder), watch.Watch(study.name, made)
         if stale:
             inputs = {name: value for of_job in parts.values() for name, value in of_job["inputs"].items()}
             facts = {"study": study.name, "params_file": study.params_file, "seeds": study.seeds, "inputs": inputs}
             runs.write_manifest(folder, **facts, jobs={name: why[:8] for name, why in stale.items()})
             started = time.monotonic()
-            code = _snakemake(study.folder, at_once * threads, watch.Watch(study.name, made), say)
+            code = _snakemake(study.folder, at_once * threads, watching, say)
             runs.end_manifest(folder, wall_s=round(time.monotonic() - started, 1))
         undone = [job for job in made.values() if not job.done.exists()]
         for job in undone:
-            say(f"  {job.name}: {_failed(job) or 'did not run, for want of the above'}")
+            say(f"  {job.name}: {(watching.state(job) and _failed(job)) or 'did not run, for want of the above'}")
         return code or int(bool(undone))
 
 
