@@ -45,7 +45,8 @@ LIBRARY = {
     "same.py": "def run(x):\n    return x\n\ndef ours():\n    return run(1)\n\n"
     "def theirs():\n    from meml_lib.world.flat import Flat as run\n    return run\n",
     "loads.py": "import meml_lib.world.flat\n\ndef f():\n    return 1\n",
-    "table.py": "TABLE = {}\n\ndef register(f):\n    TABLE[f.__name__] = f\n    return f\n\n@register\ndef one():\n    return 1\n\n"
+    "table.py": "TABLE = {}\n\ndef register(f):\n    TABLE[f.__name__] = f\n    return f\n\n"
+    "@register\ndef one():\n    return 1\n\n"
     "def go(name):\n    return TABLE[name]()\n\ndef off():\n    return 0\n",
     "found.py": "def f():\n    return globals()['g']()\n\ndef g():\n    return 1\n",
 }
