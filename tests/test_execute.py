@@ -134,6 +134,17 @@ def test_only_what_is_stale_runs_again(project, quick_run):
     assert "03_riel-full" in executed(said) and "03_riel-multi" not in executed(said)
 
 
+def test_what_is_trained_anew_by_hand_draws_the_reports_again(project, quick_run):
+    quick_run()
+    by_hand = RunFolder(study().run("full", 0).folder("riel"))
+    by_hand.append_metrics({"step": 3, "loss": 0.1, "reward": 0.5})
+    by_hand.write_json("status", by_hand.status)
+    code, said = quick_run()
+    assert code == 0 and "03_riel-full-seed-0: riel has been trained since, by hand" in said
+    assert executed(said) == {"04_ablations", "05_report"}
+    assert "7 up to date" in quick_run()[1]
+
+
 def test_a_result_that_other_values_left_in_the_folder_is_no_result(project, quick_run):
     quick_run()
     project("03_riel", RUN, P, "'trains nothing'")  # as a cell would that swallows what was raised

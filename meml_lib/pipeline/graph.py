@@ -181,6 +181,7 @@ def jobs(study: config.Study) -> dict[str, Job]:
                 more = {"stage": "riel", "parents": (stage1,)}
                 of_run(f"03_riel-{name}-seed-{seed}", "03_riel", name, seed, run, run.reads("riel"), **more)
     told = study.model_dump(mode="json", include=set(schema.StudyParams.model_fields))
+    told |= {"run": base.model_dump(mode="json", exclude={"hardware", "tracking", "collect"})}
     trained = tuple(name for name, job in made.items() if job.stage)
     add("04_ablations", "04_ablations", study.parameters(), told, base, parents=trained)
     report = str(study.folder / "report" / "report.html")
@@ -251,6 +252,9 @@ def _why_stale(job: Job, parts: keys.Parts) -> list[str]:
         recorded = status["parts"]
         own = {name: value for name, value in recorded["inputs"].items() if not name.startswith(RESULTS_OF)}
         why = keys.reasons(recorded | {"inputs": own}, parts) or job.faults()
+        trained = RunFolder(job.run.folder(job.stage)).path / "status.json" if job.stage else None
+        if trained and not why and trained.stat().st_mtime_ns > job.done.stat().st_mtime_ns:
+            why = [f"{job.stage} has been trained since, by hand"]  # the same values may give other numbers
     else:
         why = [_failed(job) or "not done yet"]
     return why
