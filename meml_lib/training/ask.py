@@ -14,6 +14,7 @@ from meml_lib.rollouts import Rollout, native, uniforms
 from meml_lib.schema import SamplingParams
 from meml_lib.tasks import Question, Task
 from meml_lib.training.policy import Policy
+from meml_lib.training.profile import span
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ def in_order(rows: Sequence[dict], questions: Sequence[Question], panel: Sequenc
     return sorted(rows, key=lambda row: (question_at[row["question_id"]], expert_at[row["expert"]], row["sample"]))
 
 
+@span("ask: sample and grade")
 def ask(
     policy: Policy,
     task: Task,

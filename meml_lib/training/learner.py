@@ -13,6 +13,7 @@ from torch import Tensor
 from meml_lib.schema import OptimizerParams
 from meml_lib.training.losses import Part, WeighedRow, nll, token_weights
 from meml_lib.training.policy import Policy, Row
+from meml_lib.training.profile import span
 
 
 class Learner:
@@ -52,6 +53,7 @@ class Learner:
         """Of the step to come."""
         return self.params.lr * schedule(self._done, self.params, self._steps)
 
+    @span("update")
     def update(self, parts: Sequence[Part], *, advance: bool = True) -> dict[str, float]:
         """Minimise sum over parts of weight * loss (eq. 10) by one optimiser step.
 
@@ -118,6 +120,7 @@ class Learner:
         gathered = self.accelerator.gather(torch.tensor([values], dtype=torch.float64, device=self.accelerator.device))
         return (gathered.sum(0) if how == "sum" else gathered.amax(0)).tolist()
 
+    @span("optimizer step")
     def _step(self) -> float:
         for parameter, copy in self._copies:
             copy.grad = None if parameter.grad is None else parameter.grad.float()
