@@ -30,7 +30,8 @@ def test_the_spans_of_a_step_take_what_the_step_took(folders):
     # A profile slows what it looks at: the steps looked at are the third and the fourth.
     took = folders[2].read_metrics()["seconds"][2:4].mean()
     assert update["seconds"] == pytest.approx(took, rel=0.3)
-    assert table.loc["optimizer step", "seconds"] < update["seconds"]
+    within = table.loc[["forward and backward pass", "optimizer step"], "seconds"].sum()
+    assert 0.5 * update["seconds"] < within < update["seconds"]
     assert table.query("kind == 'operation'")["own_seconds"].is_monotonic_decreasing
 
 

@@ -67,16 +67,17 @@ def ask(
     else:
         uniform_NT = np.stack([uniforms(*key, *k, count=limit) for k in keys])
     policy.model.eval()
-    flat = native.sample(
-        policy.model,
-        [prompt for row in prompts_BE for prompt in row for _ in range(rollouts)],
-        uniform_NT=uniform_NT,
-        end_ids=policy.end_ids,
-        max_answer_tokens=limit,
-        rows_per_batch=sampling.rows_per_batch,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-    )
+    with span("sample"):
+        flat = native.sample(
+            policy.model,
+            [prompt for row in prompts_BE for prompt in row for _ in range(rollouts)],
+            uniform_NT=uniform_NT,
+            end_ids=policy.end_ids,
+            max_answer_tokens=limit,
+            rows_per_batch=sampling.rows_per_batch,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+        )
     by_id = {question.id: question for question in questions}
     rows = []
     for (question_id, expert, sample), rollout in zip(keys, flat, strict=True):

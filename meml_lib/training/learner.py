@@ -123,6 +123,7 @@ class Learner:
         row = Row(end, end)
         return [(row, [Use(0, WeighedRow(row, 0.0, best_prompt=end, best_logp=(0.0,)), 0.0)])]
 
+    @span("forward and backward pass")
     def _pass(self, parts: Sequence[Part], rows: Sequence[Row], uses: Sequence[Sequence[Use]]) -> Tensor:
         """Forward and backward of one micro-batch. Returns: the loss of each part, unweighted; nats."""
         best_rows, best = [], None
