@@ -13,18 +13,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LOSSES, CREDIT, BUFFER = "meml_lib/training/losses.py", "meml_lib/training/credit.py", "meml_lib/training/buffer.py"
+PACKING, PLAIN = "meml_lib/training/packing.py", "test_packing.py::test_a_packed_update_is_the_plain_one_whatever_the_micro_batch"
 NLL = "    return -(weight_N[:, None] * logp_NT.masked_fill(~mask_NT, 0.0)).sum()"
 GAP = "    gap_NT = best_logp_NT.detach() - logp_NT\n    return (weight_N[:, None] * gap_NT.masked_fill(~mask_NT, 0.0)).sum()"
 K2 = "0.5 * gap_NT.masked_fill(~mask_NT, 0.0).square()"
 TOKEN_KL = "    kl_NT = (best_NTV.exp() * (best_NTV - log_probs_NTV)).sum(-1)"
-LITERAL = "    gap_NT = logp_NT - best_logp_NT"
+LITERAL = "WeighedRow(row, -2.0), WeighedRow(Row(prompts_BE[b][best], rollout.tokens), 2.0)"
 
 MUTANTS = [  # what is broken, file, text, its replacement, the test that must fail
     ("nll: sign", LOSSES, NLL, NLL.replace("-(", "("), "test_losses.py::test_weighted_nll_raises_an_answer_with_positive_weight"),
     ("forward_kl: sign", LOSSES, GAP, GAP.replace("return (", "return -("), "test_losses.py::test_mutual_loss_raises_the_worst_experts_probability"),
     ("k2: sign", LOSSES, K2, f"-{K2}", "test_losses.py::test_mutual_k2_loss_pulls_from_both_sides_and_fades"),
     ("token_kl: sign", LOSSES, TOKEN_KL, TOKEN_KL.replace("(best_NTV.exp", "-(best_NTV.exp"), "test_losses.py::test_mutual_token_kl_loss_moves_the_whole_distribution"),
-    ("literal: sign", LOSSES, LITERAL, "    gap_NT = best_logp_NT - logp_NT", "test_losses.py::test_literal_mutual_loss_pushes_the_worst_expert_away"),
+    ("literal: sign", LOSSES, LITERAL, LITERAL.replace("-2", "-x").replace(" 2", " -2").replace("-x", "2"), "test_losses.py::test_literal_mutual_part_pushes_the_worst_expert_away"),
+    ("literal: half the weight", LOSSES, LITERAL, LITERAL.replace("2.0", "1.0"), "test_losses.py::test_literal_mutual_part_pushes_the_worst_expert_away"),
     ("nll: no mask", LOSSES, NLL, NLL.replace(".masked_fill(~mask_NT, 0.0)", ""), "test_losses.py::test_weighted_nll_raises_an_answer_with_positive_weight"),
     ("forward_kl: no mask", LOSSES, GAP, GAP.replace(".masked_fill(~mask_NT, 0.0)", ""), "test_losses.py::test_mutual_loss_raises_the_worst_experts_probability"),
     ("k2: no mask", LOSSES, K2, "0.5 * gap_NT.square()", "test_losses.py::test_mutual_k2_loss_pulls_from_both_sides_and_fades"),
@@ -43,7 +45,16 @@ MUTANTS = [  # what is broken, file, text, its replacement, the test that must f
     ("one seed for all rollouts of a group", "meml_lib/training/ask.py", "uniforms(*key, *k, count=limit)", "uniforms(*key, *k[:2], count=limit)", "test_riel.py::test_every_rollout_of_a_group_has_a_draw_of_its_own"),
     ("the step is not in the draw's seed", "meml_lib/training/ask.py", "uniforms(*key, *k, count=limit)", "uniforms(*k, count=limit)", "test_riel.py::test_every_rollout_of_a_group_has_a_draw_of_its_own"),
     ("a truncated answer is graded", "meml_lib/training/ask.py", "if rollout.ended else (None, None)", "", "test_riel.py::test_a_truncated_answer_is_unreadable_whatever_it_holds"),
-    ("denominator of the micro-batch, not the step", "meml_lib/training/learner.py", "weight_N[batch])", "weight_N[batch] * len(rows) / len(batch))", "test_learner.py::test_micro_batch_size_cannot_change_the_update"),
+    ("denominator of the micro-batch, not the step", "meml_lib/training/learner.py", "AnswerLoss(parts, scales, rows", "AnswerLoss(parts, [s / len(rows) for s in scales], rows", "test_learner.py::test_micro_batch_size_cannot_change_the_update"),
+    ("a repeated row counts once", "meml_lib/training/learner.py", "uses.setdefault(row.row, []).append(Use(i, row, weight))", "uses[row.row] = [Use(i, row, weight)]", f"{PLAIN}[llama]"),
+    ("another prompt's answer is seen", PACKING, "key_PT.index_select(0, parent_N)", "key_PT.index_select(0, parent_N * 0)", f"{PLAIN}[llama]"),
+    ("a prompt's padding is seen", PACKING, "< prompt_tokens_P[:, None]", "< prompt_tokens_P.max()", f"{PLAIN}[llama]"),
+    ("answers see what follows", PACKING, "np.tri(width, dtype=bool)", "np.ones((width, width), dtype=bool)", f"{PLAIN}[llama]"),
+    ("answers' positions start at 0", PACKING, "prompt_tokens_P[parent_N].tolist()", "(0 * parent_N).tolist()", f"{PLAIN}[llama]"),
+    ("padding's gradient is kept", PACKING, "self.token_R, self.padding).view", "self.token_R, None).view", f"{PLAIN}[llama]"),
+    ("the first answer token is not predicted", PACKING, "start[1:][parent_N] - 1, start", "start[1:][parent_N] - 2, start", f"{PLAIN}[llama]"),
+    ("logits' gradient without the softmax", "meml_lib/training/head.py", "exp_().mul_(-sum_c1)", "exp_().mul_(0.0)", f"{PLAIN}[llama]"),
+    ("only the last slab trains the output layer", "meml_lib/training/head.py", "return more if total is None else", "return more if True else", "test_packing.py::test_each_part_and_all_together_are_the_plain_ones"),
     ("no end token to learn", "meml_lib/training/policy.py", "[\"input_ids\"], self.answer_end_id)", "[\"input_ids\"],)", "test_policy.py::test_an_answer_trains_its_end_token_even_where_pad_is_eos"),
     ("bfloat16 without float32 copies", "meml_lib/training/learner.py", "p.detach().float() if p.dtype != torch.float32 else p for", "p for", "test_learner.py::test_bfloat16_weights_keep_updates_smaller_than_their_own_grid"),
 ]  # fmt: skip

@@ -32,7 +32,7 @@ def rows(policy, task, panel):
 
 def part(rows, *, counts=None, weight=1.0, name="grpo", divide_by="constant"):
     counts = counts or [1.0] * len(rows)
-    return Part(name, weight, [WeighedRow(r, c) for r, c in zip(rows, counts, strict=True)], divide_by, losses.nll)
+    return Part(name, weight, [WeighedRow(r, c) for r, c in zip(rows, counts, strict=True)], divide_by, losses.weighted_nll)
 
 
 def weights(learner):

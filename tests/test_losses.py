@@ -59,19 +59,10 @@ def test_mutual_token_kl_loss_moves_the_whole_distribution():
     assert best.grad is None
 
 
-def test_literal_mutual_loss_pushes_the_worst_expert_away():
-    logp, best = leaf(-2.0, -1.0, -9.0), leaf(-0.5, -0.5, 0.0)
-    loss = losses.mutual_literal_loss(logp, best, MASK, torch.tensor([0.5]))
-    loss.backward()
-    assert loss.item() == pytest.approx(-1.0)
-    assert logp.grad.tolist() == [[0.5, 0.5, 0.0]]
-    assert best.grad.tolist() == [[-0.5, -0.5, 0.0]]
-
-
 def test_masked_equals_removed():
     logp, best = torch.tensor([[-2.0, -1.0, -7.0]]), torch.tensor([[-1.0, -3.0, -4.0]])
     weight = torch.tensor([0.5])
-    for formula in (losses.mutual_loss, losses.mutual_k2_loss, losses.mutual_literal_loss):
+    for formula in (losses.mutual_loss, losses.mutual_k2_loss):
         cut = formula(logp[:, :2], best[:, :2], MASK[:, :2], weight)
         assert formula(logp, best, MASK, weight).item() == pytest.approx(cut.item())
 
@@ -124,3 +115,20 @@ def test_mutual_part_is_empty_where_no_expert_is_strictly_better():
     options = MutualParams(weight=0.1, form="forward_kl", divide_by="tokens")
     tied = torch.tensor([0]), torch.tensor([1]), torch.tensor([False])
     assert not losses.mutual(options, torch.ones(1, 2, 2), ROLLOUTS, PROMPTS, tied).rows
+
+
+@pytest.mark.parametrize("divide_by", ["constant", "answer", "tokens"])
+def test_literal_mutual_part_pushes_the_worst_expert_away(divide_by):
+    """Eq. 9 as printed: sum of w (log p(worst) - log p(best)), w as if only the worst expert's row were there."""
+    options = MutualParams(weight=0.1, form="literal", divide_by=divide_by)
+    part = losses.mutual(options, REWARDS, ROLLOUTS, PROMPTS, EXPERTS)
+    assert [(row.row.prompt, row.row.answer) for row in part.rows] == [((2,), (10, 11)), ((1,), (10, 11))]
+    total = {"total_rows": 2, "total_tokens": 4, "max_answer_tokens": 8}
+    counts = torch.tensor([row.count for row in part.rows])
+    weight = losses.token_weights(counts, torch.tensor([2, 2]), divide_by=divide_by, **total)
+    w = {"constant": 1 / 8, "answer": 1 / 2, "tokens": 1 / 2}[divide_by]
+    logp = torch.tensor([[-2.0, -1.0], [-0.5, -0.25]], requires_grad=True)  # the worst expert's, the best expert's
+    loss = part.formula(logp, torch.ones(2, 2, dtype=torch.bool), weight)
+    loss.backward()
+    assert loss.item() == pytest.approx(w * (-3.0 + 0.75))
+    assert logp.grad.tolist() == [[w, w], [-w, -w]]  # descent lowers the worst expert's and raises the best expert's

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from meml_lib import config, experts, schema, tasks
 from meml_lib.experts import Expert
-from meml_lib.training import evaluate, mef, policy
+from meml_lib.training import evaluate, head, mef, policy
 
 PROMPT_TOKENS = 288
 """Assumed length of a prompt; the longest of the public sets' training prompts has 269 tokens of SmolLM2's tokenizer."""
@@ -78,12 +78,11 @@ def memory(p: config.Run, model: PreTrainedModel) -> tuple[list[tuple[str, int, 
         most = c.max_position_embeddings
         raise ValueError(f"sampling.max_answer_tokens={answer} must be < the model's {most} positions")
     half, parallel = size < 4, p.hardware.processes > 1
-    head = _head(c)
-    cache = rows * (prompt + answer) * layers * 2 * c.num_key_value_heads * head * size
+    head_size = _head(c)
+    cache = rows * (prompt + answer) * layers * 2 * c.num_key_value_heads * head_size * size
     # The sampler's own copies of a row of the vocabulary: logits 2 bytes, logp and p 4 each, p and its sums in float64.
     step = rows * c.vocab_size * 26 + cache // layers * c.num_attention_heads // c.num_key_value_heads
-    at_once = max(1, p.hardware.micro_batch_tokens // (prompt + answer))
-    logits = at_once * (answer + 1) * c.vocab_size * 4
+    at_once = max(1, (p.hardware.micro_batch_tokens - prompt) // answer)
     stay = [
         ("weights", count * size, f"{count:,} parameters x {size} bytes"),
         ("float32 copies", half * count * 4, "parameters x 4 bytes, which the optimiser works on"),
@@ -92,29 +91,36 @@ def memory(p: config.Run, model: PreTrainedModel) -> tuple[list[tuple[str, int, 
     ]
     turns = [
         ("or: sampling", cache, f"KV cache of {rows} rows x ({prompt} + {answer}) tokens x {layers} "
-         f"layers x 2 x {c.num_key_value_heads} heads x {head} x {size} bytes"),
+         f"layers x 2 x {c.num_key_value_heads} heads x {head_size} x {size} bytes"),
         ("", step, f"a draw, {rows} rows x {c.vocab_size:,} words x 26 bytes; a layer's keys and values for "
          f"{c.num_attention_heads} heads"),
-        ("or: a pass", pass_bytes(model, at_once, prompt, answer), f"forward and backward of {at_once} rows x "
-         f"({prompt} + {answer}) tokens, within 20 %; its logits: {_size(logits)} a copy"),
+        ("or: a pass", pass_bytes(model, at_once, prompt, answer), f"forward and backward of {at_once} answers x "
+         f"{answer} tokens to a prompt of {prompt}, within 30 %"),
         ("or: an update", count * 4 * (1 + half), "the optimiser's float32 intermediates and gradients"),
     ]  # fmt: skip
     largest = max(turns[0][1] + turns[1][1], turns[2][1], turns[3][1])
     return [*(part for part in stay if part[1]), *turns], sum(part[1] for part in stay) + largest
 
 
-def pass_bytes(model: PreTrainedModel, rows: int, prompt_tokens: int, answer_tokens: int) -> int:
-    """About the most bytes alive at once while a micro-batch goes forward and backward, weights and gradients aside.
+def pass_bytes(model: PreTrainedModel, answers: int, prompt_tokens: int, answer_tokens: int) -> int:
+    """About the most bytes alive at once while a prompt and its answers go forward and backward, weights and gradients
+    aside.
 
-    Of each token, a layer keeps four vectors as wide as the model, as its MLP and as its heads, two of the model's in
-    float32 (its norms'), and a row of the attention's mask; of each answer token, four float32 copies of the logits are
-    alive. Traced passes of Llama- and Qwen-shaped models differ by 5 %, of very small ones by 20 %
-    (`tests/test_dryrun.py`).
+    Of each token, a layer keeps four vectors as wide as the model and as its MLP, three as its heads, two of the model's
+    in float32 (its norms'); of each answer, keys and values of all it sees for all heads, and the attention's mask. The
+    output layer holds a slab of logits, a chunk of it in float32, and its weight's gradient: summed in float32 where there
+    are several slabs.
+    Traced passes of Llama- and Qwen-shaped models differ by 5 %, of very small ones by 30 % (`tests/test_dryrun.py`).
     """
-    c, tokens, size = model.config, prompt_tokens + answer_tokens, model.dtype.itemsize
-    width = c.hidden_size + c.intermediate_size + c.num_attention_heads * _head(c)
-    layer = tokens * (4 * size * width + 2 * 4 * c.hidden_size + size * tokens)
-    return rows * (c.num_hidden_layers * layer + (answer_tokens + 1) * 4 * 4 * c.vocab_size)
+    c, size, heads = model.config, model.dtype.itemsize, model.config.num_attention_heads * _head(model.config)
+    tokens, seen = prompt_tokens + answers * answer_tokens, prompt_tokens + answer_tokens
+    layer = tokens * (size * (4 * c.hidden_size + 4 * c.intermediate_size + 3 * heads) + 2 * 4 * c.hidden_size)
+    layer += answers * seen * size * (2 * heads + answer_tokens)
+    logits = answers * answer_tokens * c.vocab_size * size
+    weights = c.vocab_size * c.hidden_size * (size if logits <= head.SLAB_BYTES else 2 * size + 4)
+    copies = 1 + (size < 4)
+    output = min(logits, head.SLAB_BYTES) + max(weights, min(copies * logits * 4 // size, copies * head.CHUNK_BYTES))
+    return c.num_hidden_layers * layer + output
 
 
 def _head(c: PreTrainedConfig) -> int:

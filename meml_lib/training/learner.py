@@ -11,8 +11,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from meml_lib.schema import OptimizerParams
-from meml_lib.training.losses import Part, WeighedRow, nll, token_weights
+from meml_lib.training import packing
+from meml_lib.training.head import AnswerLoss, Use
+from meml_lib.training.losses import Part, WeighedRow, token_weights
 from meml_lib.training.policy import Policy, Row
+from meml_lib.training.profile import span
 
 
 class Learner:
@@ -23,7 +26,8 @@ class Learner:
       params: optimiser and learning-rate schedule.
       steps: length of the schedule, in steps.
       max_answer_tokens: the constant of divide_by "constant".
-      micro_batch_tokens: tokens, padding included, of one forward and backward pass.
+      micro_batch_tokens: of one forward and backward pass; a prompt counts once for all of its answers there, and padding
+        only where the model cannot be packed (`packing.packs`).
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class Learner:
         """Of the step to come."""
         return self.params.lr * schedule(self._done, self.params, self._steps)
 
+    @span("update")
     def update(self, parts: Sequence[Part], *, advance: bool = True) -> dict[str, float]:
         """Minimise sum over parts of weight * loss (eq. 10) by one optimiser step.
 
@@ -66,23 +71,21 @@ class Learner:
         Raises: FloatingPointError if the gradient is not finite; the weights are left as they were.
         """
         weighed = [self._weigh(part) for part in parts]
-        batches = [
-            (i, part.formula, [rows[n] for n in batch], weight_N[batch])
-            for i, (part, (rows, weight_N)) in enumerate(zip(parts, weighed, strict=True))
-            if part.weight > 0
-            for batch in micro_batches([r.row.tokens for r in rows], self.micro_batch_tokens)
-        ]
+        uses: dict[Row, list[Use]] = {}  # a row is computed once, for all parts and however often it was drawn
+        for i, (part, (rows, weight_N)) in enumerate(zip(parts, weighed, strict=True)):
+            for row, weight in zip(rows, weight_N.tolist(), strict=True):
+                if part.weight > 0:
+                    uses.setdefault(row.row, []).append(Use(i, row, weight))
+        batches = [[(row, uses[row]) for row in batch] for batch in self._micro_batches(list(uses))]
         most = int(self._over_processes([len(batches)], "max")[0])
         # Collective passes need the same number everywhere: a process that is done adds passes with weight 0.
         batches += [self._idle()] * (most - len(batches))
         self.model.train()
         losses = torch.zeros(len(parts), device=self.accelerator.device)
-        for k, (i, formula, rows, weight_N) in enumerate(batches, start=1):
-            with self.accelerator.no_sync(self.model) if k < most else nullcontext():
-                loss = formula(self.policy, self.model, rows, weight_N)
-                # DDP averages gradients over processes, while row weights already hold the global denominator.
-                self.accelerator.backward(loss * parts[i].weight * self.accelerator.num_processes)
-            losses[i] += loss.detach()
+        with packing.packed_attention(self.policy.model):
+            for k, batch in enumerate(batches, start=1):
+                with self.accelerator.no_sync(self.model) if k < most else nullcontext():
+                    losses += self._pass(parts, *zip(*batch, strict=True))
         grad_norm = self._step() if most else 0.0
         self._done += advance
         losses = self._over_processes(losses.tolist())
@@ -106,11 +109,34 @@ class Learner:
             max_answer_tokens=self.max_answer_tokens,
         )
         kept = count_N.nonzero()[:, 0].tolist()
-        return [part.rows[n] for n in kept], weight_N[kept].to(self.accelerator.device)
+        return [part.rows[n] for n in kept], weight_N[kept]
 
-    def _idle(self):
+    def _micro_batches(self, rows: Sequence[Row]) -> Iterator[list[Row]]:
+        if packing.packs(self.policy.model):
+            batches = packing.trees(rows, self.micro_batch_tokens)
+        else:
+            batches = micro_batches([row.tokens for row in rows], self.micro_batch_tokens)
+        return ([rows[n] for n in batch] for batch in batches)
+
+    def _idle(self) -> list[tuple[Row, list[Use]]]:
         end = (self.policy.answer_end_id,)
-        return 0, nll, [WeighedRow(Row(end, end), 0.0)], torch.zeros(1, device=self.accelerator.device)
+        row = Row(end, end)
+        return [(row, [Use(0, WeighedRow(row, 0.0, best_prompt=end, best_logp=(0.0,)), 0.0)])]
+
+    @span("forward and backward pass")
+    def _pass(self, parts: Sequence[Part], rows: Sequence[Row], uses: Sequence[Sequence[Use]]) -> Tensor:
+        """Forward and backward of one micro-batch. Returns: the loss of each part, unweighted; nats."""
+        best_rows, best = [], None
+        wide = {i for i, part in enumerate(parts) if part.against == "distributions"}
+        if wide:  # in every process alike: the pass is collective
+            best_rows = list(dict.fromkeys(use.best_row for of_row in uses for use in of_row if use.part in wide))
+            with torch.no_grad():
+                best = packing.run(self.policy, self.model, best_rows or rows, lambda x_nF, *output: x_nF)
+        # DDP averages gradients over processes, while row weights already hold the global denominator.
+        scales = [part.weight * self.accelerator.num_processes for part in parts]
+        loss = AnswerLoss(parts, scales, rows, uses, best_rows, best)
+        self.accelerator.backward(packing.run(self.policy, self.model, rows, loss))
+        return loss.losses
 
     def _over_processes(self, values: list[float], how: str = "sum") -> list[float]:
         if self.accelerator.num_processes == 1:
@@ -118,6 +144,7 @@ class Learner:
         gathered = self.accelerator.gather(torch.tensor([values], dtype=torch.float64, device=self.accelerator.device))
         return (gathered.sum(0) if how == "sum" else gathered.amax(0)).tolist()
 
+    @span("optimizer step")
     def _step(self) -> float:
         for parameter, copy in self._copies:
             copy.grad = None if parameter.grad is None else parameter.grad.float()
@@ -175,7 +202,7 @@ def _optimizers(params: OptimizerParams, names: Sequence[str], tensors: Sequence
     options = {"lr": params.lr, "weight_decay": params.weight_decay}
     optimizers: list[torch.optim.Optimizer] = []
     if rest:
-        optimizers.append(torch.optim.AdamW(rest, betas=(0.9, 0.95), **options))
+        optimizers.append(torch.optim.AdamW(rest, betas=(0.9, 0.95), fused=True, **options))
     if matrices:  # scaled so that one learning rate serves both
         optimizers.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **options))
     return optimizers

@@ -12,12 +12,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from meml_lib.rollouts import Rollout
 from meml_lib.schema import BufferSftParams, Divisor, GrpoParams, MutualParams, ObjectiveParams
 from meml_lib.training.credit import advantages
-from meml_lib.training.policy import Policy, Row
+from meml_lib.training.policy import Row
 
 # --- formulas ---------------------------------------------------------------------------------------------------------
 
@@ -90,19 +89,6 @@ def mutual_token_kl_loss(log_probs_NTV: Tensor, best_log_probs_NTV: Tensor, mask
     return (weight_N[:, None] * kl_NT.masked_fill(~mask_NT, 0.0)).sum()
 
 
-def mutual_literal_loss(logp_NT: Tensor, best_logp_NT: Tensor, mask_NT: Tensor, weight_N: Tensor) -> Tensor:
-    """Eq. 9 exactly as printed; kept to show that it fails.
-
-        L = sum_nt  weight_n mask_nt ( log p(O+ | q, worst) - log p(O+ | q, best) )
-
-    Minimising it LOWERS the worst expert's log p of right answers and raises the best expert's, both with gradient.
-
-    Args, Returns: as `mutual_loss`.  Source: MEML-GRPO, arXiv 2508.09670, eq. 9.
-    """
-    gap_NT = logp_NT - best_logp_NT
-    return (weight_N[:, None] * gap_NT.masked_fill(~mask_NT, 0.0)).sum()
-
-
 def token_weights(
     counts_N: Tensor,
     tokens_N: Tensor,
@@ -137,8 +123,6 @@ def token_weights(
 
 # --- parts ------------------------------------------------------------------------------------------------------------
 
-Formula = Callable[[Policy, torch.nn.Module, "Sequence[WeighedRow]", Tensor], Tensor]
-
 
 @dataclass(frozen=True)
 class WeighedRow:
@@ -161,49 +145,18 @@ class Part:
     weight: float
     rows: Sequence[WeighedRow]
     divide_by: Divisor
-    formula: Formula
-    """(policy, wrapped model, rows, weight_N per token) -> scalar."""
+    formula: Callable[..., Tensor]
+    """weighted_nll, or one with an argument that `against` names."""
+    against: Literal["nothing", "rollouts", "distributions"] = "nothing"
+    """What the formula takes of the best expert: nothing, the log-probabilities that its rollouts were drawn with, or its
+    whole next-token distributions and the row's own."""
 
 
-def nll(policy: Policy, model: torch.nn.Module, rows: Sequence[WeighedRow], weight_N: Tensor) -> Tensor:
-    """`weighted_nll` of rows."""
-    return weighted_nll(*policy.score([r.row for r in rows], model=model), weight_N)
-
-
-def _best_rows(rows: Sequence[WeighedRow]) -> list[Row]:
-    return [Row(r.best_prompt, r.row.answer) for r in rows]
-
-
-def _against_rollouts(loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Formula:
-    """A formula whose best expert's log-probabilities are those that its rollouts were drawn with."""
-
-    def formula(policy, model, rows, weight_N):
-        logp_NT, mask_NT = policy.score([r.row for r in rows], model=model)
-        best_NT = pad_sequence([logp_NT.new_tensor(r.best_logp) for r in rows], batch_first=True)
-        return loss(logp_NT, best_NT, mask_NT, weight_N)
-
-    return formula
-
-
-def _token_kl(policy, model, rows, weight_N):
-    with torch.no_grad():
-        best_NTV = policy.logits(_best_rows(rows))[0].log_softmax(-1)
-    logits_NTV, _, mask_NT = policy.logits([r.row for r in rows], model=model)
-    return mutual_token_kl_loss(logits_NTV.log_softmax(-1), best_NTV, mask_NT, weight_N)
-
-
-def _literal(policy, model, rows, weight_N):
-    # One pass for both prompts, since a wrapped model (DDP) takes one forward a backward.
-    logp_2NT, mask_2NT = policy.score([*(r.row for r in rows), *_best_rows(rows)], model=model)
-    n = len(rows)
-    return mutual_literal_loss(logp_2NT[:n], logp_2NT[n:], mask_2NT[:n], weight_N)
-
-
-_MUTUAL_FORMS: dict[str, Formula] = {
-    "forward_kl": _against_rollouts(mutual_loss),
-    "k2": _against_rollouts(mutual_k2_loss),
-    "token_kl": _token_kl,
-    "literal": _literal,
+_MUTUAL_FORMS = {  # the formula, and what it takes of the best expert
+    "forward_kl": (mutual_loss, "rollouts"),
+    "k2": (mutual_k2_loss, "rollouts"),
+    "token_kl": (mutual_token_kl_loss, "distributions"),
+    "literal": (weighted_nll, "nothing"),
 }
 
 Groups = list[list[list[Rollout]]]
@@ -221,7 +174,7 @@ def grpo(options: GrpoParams, rewards_BEG: Tensor, rollouts_BEG: Groups, prompts
         for e, group in enumerate(groups)
         for g, rollout in enumerate(group)
     ]
-    return Part("grpo", options.weight, rows, options.divide_by, nll)
+    return Part("grpo", options.weight, rows, options.divide_by, weighted_nll)
 
 
 def mutual(
@@ -233,6 +186,13 @@ def mutual(
 ) -> Part:
     """The best expert's right rollouts O+ under the worst expert's prompt, where it did strictly better (eq. 7-9).
 
+    The form "literal" is eq. 9 exactly as printed, kept to show that it fails:
+
+        L = sum_nt  weight_n mask_nt ( log p(O+ | q, worst) - log p(O+ | q, best) )
+
+    Minimising it LOWERS the worst expert's log p of right answers and raises the best expert's. Both sides have a
+    gradient, so each is a row of `weighted_nll`, the first counted negatively; twice, since the rows are twice as many.
+
     Args: experts_B: best, worst and strict, as `credit.best_and_worst` returns them.
     """
     rows = []
@@ -242,8 +202,11 @@ def mutual(
         for reward, rollout in zip(rewards_BEG[b, best].tolist(), rollouts_BEG[b][best], strict=True):
             if reward == 1.0:
                 row = Row(prompts_BE[b][worst], rollout.tokens)
-                rows.append(WeighedRow(row, 1.0, best_prompt=prompts_BE[b][best], best_logp=rollout.logp))
-    return Part("mutual", options.weight, rows, options.divide_by, _MUTUAL_FORMS[options.form])
+                if options.form == "literal":
+                    rows += [WeighedRow(row, -2.0), WeighedRow(Row(prompts_BE[b][best], rollout.tokens), 2.0)]
+                else:
+                    rows.append(WeighedRow(row, 1.0, best_prompt=prompts_BE[b][best], best_logp=rollout.logp))
+    return Part("mutual", options.weight, rows, options.divide_by, *_MUTUAL_FORMS[options.form])
 
 
 def on_rollouts(
@@ -264,9 +227,9 @@ def on_rollouts(
 
 def buffer_sft(options: BufferSftParams, rows: Sequence[Row]) -> Part:
     """Ground-truth answers under the prompts of the experts that kept getting the question wrong (eq. 10)."""
-    return Part("buffer_sft", options.weight, [WeighedRow(row, 1.0) for row in rows], options.divide_by, nll)
+    return Part("buffer_sft", options.weight, [WeighedRow(row, 1.0) for row in rows], options.divide_by, weighted_nll)
 
 
 def mef(rows: Sequence[Row]) -> Part:
     """Teachers' answers, each under its expert's prompt; a mean over the batch's tokens (eq. 4)."""
-    return Part("mef", 1.0, [WeighedRow(row, 1.0) for row in rows], "tokens", nll)
+    return Part("mef", 1.0, [WeighedRow(row, 1.0) for row in rows], "tokens", weighted_nll)

@@ -1,0 +1,173 @@
+"""The losses of a micro-batch at its answers' tokens, some of them at a time, and their gradient in the same go.
+
+Logits are as wide as the vocabulary: a micro-batch's would often outweigh the model. They are computed once, in slabs; a
+slab gives its losses, its own memory takes their gradient, and it is gone before the next. The backward pass only hands
+the gradients on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from meml_lib.training.losses import Part, WeighedRow
+from meml_lib.training.policy import Row
+
+SLAB_BYTES = 256 * 2**20
+"""Of a slab's logits, in the model's dtype; the more tokens, the faster the matrix products."""
+CHUNK_BYTES = 16 * 2**20
+"""Of a chunk of a slab in float32, about three times alive; glibc hands such sizes out again, larger ones fresh from the
+system, page by page."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """What one part of the objective makes of a row."""
+
+    part: int
+    row: WeighedRow
+    weight: float
+    """Of a token, see `losses.token_weights`."""
+
+    @property
+    def best_row(self) -> Row:
+        return Row(self.row.best_prompt, self.row.row.answer)
+
+
+@dataclass(frozen=True)
+class _Term:
+    """A part's k tokens among a micro-batch's n answer tokens; on the CPU, since chunks are cut there."""
+
+    part: int
+    at_k: Tensor
+    weight_k: Tensor
+    best_k: Tensor
+    """The best expert's log-probability of each, or where its distribution stands; empty where the part wants neither."""
+
+    def within(self, start: int, end: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        inside_k = (self.at_k >= start) & (self.at_k < end)
+        best_k = self.best_k[inside_k] if len(self.best_k) else self.best_k
+        return tuple(x.to(device) for x in (self.at_k[inside_k] - start, self.weight_k[inside_k], best_k))
+
+
+class AnswerLoss:
+    """sum over parts of scale * loss, over a micro-batch's answer tokens: a `packing.Head`.
+
+    Args:
+      parts: of the objective. scales: what the sum takes each part's loss times.
+      rows: of the micro-batch. uses: of each row, at least one.
+      best_rows: different ones, the best expert's rows for parts against "distributions"; best_mF: what the model holds
+        at their answers' tokens.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        scales: Sequence[float],
+        rows: Sequence[Row],
+        uses: Sequence[Sequence[Use]],
+        best_rows: Sequence[Row],
+        best_mF: Tensor | None,
+    ):
+        self._parts, self._scales, self._best_mF = parts, scales, best_mF
+        self._token_n = torch.tensor([token for row in rows for token in row.answer])
+        self.losses = torch.zeros(len(parts))
+        """Of each part, without its scale; nats."""
+        places, best_places = _places(rows), dict(zip(best_rows, _places(best_rows), strict=True))
+        self._terms = []
+        for i, part in enumerate(parts):
+            used = [(place, use) for place, of_row in zip(places, uses, strict=True) for use in of_row if use.part == i]
+            if used:
+                best = [torch.empty(0)]
+                if part.against == "rollouts":
+                    best = [torch.tensor(use.row.best_logp) for _, use in used]
+                elif part.against == "distributions":
+                    best = [best_places[use.best_row] for _, use in used]
+                weights = [torch.full((len(place),), use.weight) for place, use in used]
+                self._terms.append(_Term(i, torch.cat([place for place, _ in used]), torch.cat(weights), torch.cat(best)))
+
+    def __call__(self, x_nF: Tensor, weight_VF: Tensor | None, bias_V: Tensor | None) -> Tensor:
+        self._token_n, self.losses = self._token_n.to(x_nF.device), self.losses.to(x_nF.device)
+        return _InSlabs.apply(x_nF, weight_VF, bias_V, self)
+
+    def of(self, logits_cV: Tensor, start: int, head: Callable[[Tensor], Tensor]) -> Tensor:
+        """The scaled sum over the answer tokens from `start` on; their logits become its gradient by them."""
+        end = start + len(logits_cV)
+        token_c1 = self._token_n[start:end, None]
+        log_probs_cV = logits_cV.float().log_softmax(-1)
+        logp_c1 = log_probs_cV.gather(-1, token_c1).requires_grad_()
+        wide_cV = [] if self._best_mF is None else [log_probs_cV.requires_grad_()]
+        with torch.enable_grad():
+            total = 0.0
+            for term in self._terms:
+                at_k, weight_k, best_k = term.within(start, end, logits_cV.device)
+                part = self._parts[term.part]
+                seen = [logp_c1[at_k]]  # each token is a row of its own: [N, T] = [k, 1]
+                if part.against == "rollouts":
+                    seen.append(best_k[:, None])
+                elif part.against == "distributions":
+                    best_kV = head(self._best_mF[best_k]).float().log_softmax(-1)
+                    seen = [log_probs_cV[at_k, None], best_kV[:, None]]
+                loss = part.formula(*seen, torch.ones(len(at_k), 1, dtype=torch.bool, device=at_k.device), weight_k)
+                self.losses[term.part] += loss.detach()
+                total = total + self._scales[term.part] * loss
+        grad_c1, *wide_grad_cV = torch.autograd.grad(total, [logp_c1, *wide_cV], materialize_grads=True)
+        # log p = logits - logsumexp(logits): a gradient g by log p is g - sum(g) p by the logits.
+        sum_c1 = sum((g_cV.sum(-1, keepdim=True) for g_cV in wide_grad_cV), grad_c1)
+        grad_cV = log_probs_cV.detach().exp_().mul_(-sum_c1)
+        for g_cV in wide_grad_cV:
+            grad_cV += g_cV
+        logits_cV.copy_(grad_cV.scatter_add_(-1, token_c1, grad_c1))
+        return total.detach()
+
+
+class _InSlabs(torch.autograd.Function):
+    """`AnswerLoss.of`, slab after slab; the gradients are ready before the backward pass asks for them."""
+
+    @staticmethod
+    def forward(ctx, x_nF: Tensor, weight_VF: Tensor | None, bias_V: Tensor | None, loss: AnswerLoss) -> Tensor:
+        def head(x_cF: Tensor) -> Tensor:
+            return x_cF if weight_VF is None else functional.linear(x_cF, weight_VF, bias_V)
+
+        wide = x_nF.shape[-1] if weight_VF is None else len(weight_VF)
+        slab, chunk = (max(1, bytes // (wide * size)) for bytes, size in ((SLAB_BYTES, x_nF.itemsize), (CHUNK_BYTES, 4)))
+        total, grad_x, grad_weight, grad_bias = 0.0, torch.empty_like(x_nF), None, None
+        for start in range(0, len(x_nF), slab):
+            x_sF = x_nF[start : start + slab]
+            grad_sV = x_sF.clone() if weight_VF is None else head(x_sF)
+            for at, logits_cV in enumerate(grad_sV.split(chunk)):
+                total = total + loss.of(logits_cV, start + at * chunk, head)
+            grad_x[start : start + slab] = grad_sV if weight_VF is None else grad_sV @ weight_VF
+            if ctx.needs_input_grad[1]:
+                grad_weight = _plus(grad_weight, grad_sV.T @ x_sF)
+            if ctx.needs_input_grad[2]:
+                grad_bias = _plus(grad_bias, grad_sV.sum(0))
+        ctx.save_for_backward(grad_x, grad_weight, grad_bias)
+        ctx.dtype = None if weight_VF is None else weight_VF.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        grad_x, *outer = ctx.saved_tensors
+        grad_weight, grad_bias = (g if g is None else g.mul_(grad).to(ctx.dtype) for g in outer)
+        return grad_x.mul_(grad), grad_weight, grad_bias, None
+
+
+def _plus(total: Tensor | None, more: Tensor) -> Tensor:
+    """A sum over slabs, in float32: bfloat16 would lose the later ones."""
+    return more if total is None else total.float().add_(more)
+
+
+def _places(rows: Sequence[Row]) -> list[Tensor]:
+    """Of each row: where its answer's tokens stand among those of all rows."""
+    start, places = 0, []
+    for row in rows:
+        places.append(torch.arange(start, start + len(row.answer)))
+        start += len(row.answer)
+    return places

@@ -1,0 +1,232 @@
+"""Rows through the model without padding, each prompt once: a forward pass over T flat tokens.
+
+The rows of a micro-batch are trees: a prompt and its answers. Every layer but attention works on each token alone, so the
+tokens stand in one flat line, a prompt's before all of its answers', positions counted on from the prompt. Attention
+takes its queries, keys and values out of that line into padded batches, the prompts' own and the answers' over their
+prompt's keys and their own, calls torch's attention on them, and puts the results back into the line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from meml_lib.training.policy import Policy, Row
+
+Head = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+"""From what the model holds at n places, and the output layer's weight [V, H] and bias [V], to the pass's result. The
+model holds hidden states [n, H]; or its logits [n, V], and then there is no weight."""
+
+_ATTENTION = "meml_packed"
+_TESTED = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def packs(model: PreTrainedModel) -> bool:
+    """Whether the model's attention and output layer are known to be plain; others run padded (`Policy.logits`)."""
+    plain = model.config.model_type in _TESTED and getattr(model.config, "sliding_window", None) is None
+    return plain and isinstance(model.get_output_embeddings(), nn.Linear)
+
+
+def trees(rows: Sequence[Row], budget: int) -> Iterator[list[int]]:
+    """Split rows into micro-batches within a budget of tokens, a prompt counted once for all of its answers there.
+
+    Args: budget: most tokens of a micro-batch; a row that exceeds it stands alone, and a tree that does is split.
+    Yields: row numbers, longest prompts first, a prompt's rows adjoining and the longest first; each row once.
+
+    >>> a, b = (1, 1, 1), (2, 2)
+    >>> list(trees([Row(a, (5, 5)), Row(b, (6,)), Row(a, (7, 7, 7)), Row(b, (8,))], budget=8))
+    [[2, 0], [1, 3]]
+    """
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for n in sorted(range(len(rows)), key=lambda n: -len(rows[n].answer)):
+        by_prompt.setdefault(rows[n].prompt, []).append(n)
+    batch: list[int] = []
+    left = budget
+    for prompt, tree in sorted(by_prompt.items(), key=lambda item: -len(item[0])):
+        answers = sum(len(rows[n].answer) for n in tree)
+        if batch and len(prompt) + answers > left:
+            yield batch
+            batch, left = [], budget
+        left -= len(prompt)
+        for n in tree:
+            if batch and len(rows[n].answer) > left:
+                yield batch
+                batch, left = [], budget - len(prompt)
+            batch.append(n)
+            left -= len(rows[n].answer)
+    if batch:
+        yield batch
+
+
+def run(policy: Policy, model: nn.Module, rows: Sequence[Row], head: Head) -> Tensor:
+    """Run the model over rows and give `head` what predicts their answers, row by row, token by token.
+
+    Args:
+      model: the policy's model, wrapped where one trains (DDP, FSDP), so that its hooks fire.
+      rows: at least one. head: called once, inside the model's forward pass where the model packs.
+    Returns: what `head` returns. Where the model packs, do the backward pass within the same `packed_attention`.
+    """
+    if not packs(policy.model):
+        logits_NTV, _, mask_NT = policy.logits(rows, model=model)
+        return head(logits_NTV[mask_NT], None, None)
+    prompts = list(dict.fromkeys(row.prompt for row in rows))
+    parent_of = {prompt: i for i, prompt in enumerate(prompts)}
+    parent_N = np.array([parent_of[row.prompt] for row in rows])
+    prompt_tokens_P = np.array([len(prompt) for prompt in prompts])
+    answer_tokens_N = np.array([len(row.answer) for row in rows])
+    inputs = [*prompts, *(row.answer[:-1] for row in rows)]  # an answer's last token predicts nothing
+    layout = Layout.of(prompt_tokens_P, answer_tokens_N - 1, parent_N, policy.model.device)
+    first = [0] * len(prompts) + prompt_tokens_P[parent_N].tolist()
+    positions = np.concatenate([np.arange(at, at + len(tokens)) for at, tokens in zip(first, inputs, strict=True)])
+    start = np.cumsum([0, *map(len, inputs)])
+    # The prompt's last token predicts the answer's first.
+    lasts, starts = start[1:][parent_N] - 1, start[len(prompts) : -1]
+    predicts = [np.append(last, np.arange(at, at + n - 1)) for last, at, n in zip(lasts, starts, answer_tokens_N, strict=True)]
+
+    output = policy.model.get_output_embeddings()
+    output.forward = lambda hidden_1nH: head(hidden_1nH[0], output.weight, output.bias)
+    try:
+        return model(
+            input_ids=torch.tensor([[token for tokens in inputs for token in tokens]], device=policy.model.device),
+            position_ids=torch.from_numpy(positions)[None].to(policy.model.device),
+            logits_to_keep=torch.from_numpy(np.concatenate(predicts)).to(policy.model.device),
+            use_cache=False,
+            layout=layout,
+        ).logits
+    finally:
+        del output.forward
+
+
+@contextmanager
+def packed_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model that packs attend as `attention` does; gradient checkpointing runs it in the backward pass too."""
+    before = model.config._attn_implementation
+    if packs(model):
+        model.config._attn_implementation = _ATTENTION
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each of T flat tokens stands once prompts [P, Tp] and answers are padded; answers in buckets [N, Ta] of similar
+    length. The padded places of all of them, one batch after the other, are numbered by R."""
+
+    token_R: Tensor
+    """The flat token of each padded place; any where it is padding."""
+    place_T: Tensor
+    """The padded place of each flat token."""
+    padding: Tensor
+    """The padded places that hold no token."""
+    shapes: list[tuple[int, int]]
+    """[P, Tp], then [N, Ta] of each bucket."""
+    parent_N: list[Tensor]
+    """Of each bucket: each answer's prompt."""
+    mask_N1QK: list[Tensor]
+    """Of each bucket, bool: whether an answer's token (Q = Ta) sees a token of its prompt or answer (K = Tp + Ta)."""
+
+    @classmethod
+    def of(cls, prompt_tokens_P: np.ndarray, answer_tokens_N: np.ndarray, parent_N: np.ndarray, device) -> Layout:
+        """Args: tokens of each prompt and answer, which stand in this order in the flat line; each answer's prompt."""
+        lengths = np.concatenate([prompt_tokens_P, answer_tokens_N])
+        start = np.cumsum(lengths) - lengths
+        answers = np.flatnonzero(answer_tokens_N)
+        # A bucket's answers are at least half as long as its longest.
+        halvings = np.log2(answer_tokens_N.max(initial=1) / answer_tokens_N[answers]).astype(int)
+        buckets = [answers[halvings == h] for h in np.unique(halvings)]
+        token_R, shapes, masks = [], [], []
+        for batch in [np.arange(len(prompt_tokens_P)), *(len(prompt_tokens_P) + bucket for bucket in buckets)]:
+            column_T = np.arange(lengths[batch].max())
+            token_NT = np.where(column_T < lengths[batch, None], start[batch, None] + column_T, -1)
+            token_R.append(token_NT.ravel())
+            shapes.append(token_NT.shape)
+        prompt_NT = np.arange(shapes[0][1]) < prompt_tokens_P[:, None]
+        for bucket, (n, width) in zip(buckets, shapes[1:], strict=True):
+            prompt_NQK = np.broadcast_to(prompt_NT[parent_N[bucket], None], (n, width, shapes[0][1]))
+            own_NQK = np.broadcast_to(np.tri(width, dtype=bool), (n, width, width))
+            masks.append(torch.from_numpy(np.concatenate([prompt_NQK, own_NQK], -1)[:, None]).to(device))
+        token_R = np.concatenate(token_R)
+        held = np.flatnonzero(token_R >= 0)
+        place_T = np.empty(len(held), dtype=np.int64)
+        place_T[token_R[held]] = held
+        numbers = [token_R.clip(0), place_T, np.flatnonzero(token_R < 0), *(parent_N[bucket] for bucket in buckets)]
+        token_R, place_T, padding, *parents = (torch.from_numpy(x).to(device) for x in numbers)
+        return cls(token_R, place_T, padding, shapes, parents, masks)
+
+    def pad(self, x_1HTD: Tensor) -> list[Tensor]:
+        """[1, heads, T, D] -> [P, Tp, heads, D], then [N, Ta, heads, D] of each bucket."""
+        _, heads, tokens, size = x_1HTD.shape
+        x_RF = _Move.apply(x_1HTD.transpose(1, 2).reshape(tokens, heads * size), self.token_R, self.place_T, None)
+        return [
+            x_NF.view(*shape, heads, size)
+            for x_NF, shape in zip(x_RF.split([n * width for n, width in self.shapes]), self.shapes, strict=True)
+        ]
+
+    def flat(self, batches: Sequence[Tensor]) -> Tensor:
+        """The way back: [P, Tp, heads, D], [N, Ta, heads, D], ... -> [1, T, heads, D]."""
+        heads, size = batches[0].shape[2:]
+        x_RF = torch.cat([x.reshape(-1, heads * size) for x in batches])
+        return _Move.apply(x_RF, self.place_T, self.token_R, self.padding).view(1, -1, heads, size)
+
+
+class _Move(torch.autograd.Function):
+    """Take rows by number. No row is wanted twice, so the gradient is taken the way back and nothing is summed."""
+
+    @staticmethod
+    def forward(ctx, x_SF: Tensor, taken_R: Tensor, back_S: Tensor, padding: Tensor | None) -> Tensor:
+        ctx.save_for_backward(back_S, padding)
+        return x_SF.index_select(0, taken_R)
+
+    @staticmethod
+    def backward(ctx, grad_RF: Tensor):
+        back_S, padding = ctx.saved_tensors
+        grad_SF = grad_RF.index_select(0, back_S)
+        return (grad_SF if padding is None else grad_SF.index_fill_(0, padding, 0.0)), None, None, None
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    layout: Layout,
+    scaling: float,
+    dropout: float = 0.0,
+    **unused,
+) -> tuple[Tensor, None]:
+    """Attention of one layer, as transformers calls it, over a layout's flat tokens: [1, heads, T, D] -> [1, T, heads, D]."""
+    (query_PT, *queries), (key_PT, *keys), (value_PT, *values) = (layout.pad(x) for x in (query, key, value))
+    options = {"scale": scaling, "dropout_p": dropout}
+    out = [_attend(query_PT, key_PT, value_PT, is_causal=True, **options)]
+    buckets = zip(queries, keys, values, layout.parent_N, layout.mask_N1QK, strict=True)
+    for query_NT, key_NT, value_NT, parent_N, mask_N1QK in buckets:
+        key_NT = torch.cat([key_PT.index_select(0, parent_N), key_NT], 1)
+        value_NT = torch.cat([value_PT.index_select(0, parent_N), value_NT], 1)
+        out.append(_attend(query_NT, key_NT, value_NT, attn_mask=mask_N1QK, **options))
+    return layout.flat(out), None
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
+    """torch's attention over [N, T, heads, D]; fewer heads of keys and values are shared by those of queries."""
+    dtype = query.dtype
+    if query.device.type == "cpu":  # whose kernel takes twice as long in bfloat16, most of it in the backward pass
+        query, key, value = (x.float() for x in (query, key, value))
+    elif "attn_mask" in options:  # CUDA's fused kernels take a mask or shared heads, not both
+        key, value = (x.repeat_interleave(query.shape[2] // key.shape[2], 2) for x in (key, value))
+    heads_first = (x.transpose(1, 2) for x in (query, key, value))
+    out = nn.functional.scaled_dot_product_attention(*heads_first, enable_gqa=True, **options)
+    return out.transpose(1, 2).to(dtype)
+
+
+AttentionInterface.register(_ATTENTION, attention)
+AttentionMaskInterface.register(_ATTENTION, lambda *args, **options: None)  # the layout holds the masks
