@@ -173,20 +173,20 @@ def summary(steps: pd.DataFrame, work: Work) -> dict:
         for arm in ARMS:
             ours = here[here["who"] == arm]
             entries[arm]["trl_over_ours"] = {
-                phase: ratio((trl[phase] / ours[phase]).dropna().to_numpy()) for phase in ("sampling", "update", "total")
+                phase: median((trl[phase] / ours[phase]).dropna().to_numpy()) for phase in ("sampling", "update", "total")
             }
     return found
 
 
-def ratio(values: np.ndarray) -> dict:
-    """The median of pairwise ratios, with the middle 95 % of 10,000 bootstrapped medians.
+def median(values: np.ndarray) -> dict:
+    """The median, with the middle 95 % of 10,000 bootstrapped ones.
 
-    >>> ratio(np.array([2.0, 2.0, 4.0]))["median"]
+    >>> median(np.array([2.0, 2.0, 4.0]))["median"]
     2.0
     """
     drawn = np.random.default_rng(0).choice(values, (10_000, len(values)))
     low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
-    return {"median": float(np.median(values)), "low": float(low), "high": float(high), "pairs": len(values)}
+    return {"median": float(np.median(values)), "low": float(low), "high": float(high), "n": len(values)}
 
 
 def shares(found: Mapping, rates: Sequence[Mapping], work: Work) -> dict:
@@ -329,6 +329,14 @@ def picture(found: Mapping, note: str) -> figures.Picture:
     return figures.Picture(figure, data)
 
 
+def manifest(load: Sequence[float]) -> dict:
+    """What made these numbers. Args: load: the machine's load averages before the first of them."""
+    found = runs.provenance()
+    found["packages"] |= runs.versions(["trl"])
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return found | {"date": now, "gpus": runs.gpus(), "load_before": load, "load_after": os.getloadavg()}
+
+
 def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="embedded")
@@ -343,6 +351,7 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="of a shape: fewer than its own, to rehearse")
     parser.add_argument("--passes", type=int, default=1, help="TRL: forward and backward passes a step; 1 where memory allows")
     parser.add_argument("--out", type=Path, default=Path("reports/speed"))
+    parser.add_argument("--no-memory", action="store_true", help="leave peak memory out: four processes, two steps each")
     parser.add_argument("--memory-of", choices=MEMORY, help="only measure this one's peak memory, in this process")
     return parser.parse_args(arguments)
 
@@ -363,7 +372,7 @@ def main(arguments: Sequence[str]) -> None:
     print(f"gradients: {agreement}", flush=True)
     if not agreement["relative_error"] < AGREE:
         raise SystemExit(f"TRL and ours do not compute the same gradient ({agreement}): their speed cannot be compared")
-    memory = memory_of_each(arguments)
+    memory = None if asked.no_memory else memory_of_each(arguments)
     steps, rates = timed_pairs(work, success, asked.pairs, asked.passes)
     found = summary(pd.DataFrame(steps), work)
     result = {
@@ -373,17 +382,15 @@ def main(arguments: Sequence[str]) -> None:
         "limit": shares(found, rates, work),
         "memory": memory,
         "steps": steps,
-        "manifest": runs.provenance()
-        | {"trl": runs.versions(["trl"])["trl"], "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-           "load_before_after": [load, os.getloadavg()], "gpus": runs.gpus()},
-    }  # fmt: skip
+        "manifest": manifest(load),
+    }
     stem = asked.out / f"{work.model}-{work.tokens}-tokens-{work.rows}-rows-{work.device}"
     asked.out.mkdir(parents=True, exist_ok=True)
     with runs.atomic(stem.with_suffix(".json")) as file:
         file.write_text(json.dumps(result, indent=1) + "\n")
     note = (
         f"{work.model}, {dtype}, {work.device}, {asked.threads} threads; {questions} questions x {panel} experts x {work.group}, forced "
-        f"{work.tokens} tokens; {asked.pairs} pairs in turns, one process; TRL {result['manifest']['trl']} without checkpointing"
+        f"{work.tokens} tokens; {asked.pairs} pairs in turns, one process; TRL {result['manifest']['packages']['trl']} without checkpointing"
     )
     print(figures.save(picture(found, note), stem))
 

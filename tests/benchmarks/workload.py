@@ -55,7 +55,7 @@ class Work:
     layers: int | None = None
     """Of a shape, where fewer than its own are wanted."""
     vocabulary: int | None = None
-    """Words of the embedded model, where more than the task's are wanted."""
+    """Tokens of the embedded model's vocabulary, where more than the task's are wanted."""
     seed: int = 0
 
     @property
@@ -78,8 +78,9 @@ class Work:
         }
         if self.model == "embedded":
             overrides["model.max_positions"] = 256 + self.tokens
-        if arm == "meml":
+        if not ARMS[arm]:
             overrides["riel.objective.buffer_sft.capacity"] = NEVER_FLUSHED
+            overrides["riel.objective.buffer_sft.wrong_over"] = self.group * 3 // 4  # the paper's 6 of 8
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / f"{arm}.yaml"
             file.write_text(yaml.safe_dump({"use": uses}))
@@ -99,8 +100,7 @@ class Work:
         if self.model in SHAPES:
             learned = _random(SHAPES[self.model], self, words)
         else:
-            if self.vocabulary is not None:
-                words += _padding(self.vocabulary)
+            words = words if self.vocabulary is None else _padded(words, self.vocabulary)
             learned = policy.load(p.model, device=self.device, words=words, seed=self.seed)
         learned.end_ids = (self.end_id(learned),)
         return learned
@@ -125,16 +125,16 @@ class Work:
         return drawn.reshape(self.questions, self.experts, self.group)
 
 
-def _padding(count: int) -> list[str]:
-    return [f"word{i}" for i in range(count)]
+def _padded(words: Sequence[str], size: int) -> list[str]:
+    """The words and as many more, never asked, as make a vocabulary of this size."""
+    return [*words, *(f"word{i}" for i in range(size - len(policy.word_tokenizer(words))))]
 
 
 def _random(shape: Mapping, work: Work, words: Sequence[str]) -> policy.Policy:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = dict(shape) | ({"num_hidden_layers": work.layers} if work.layers else {})
-    unique = len(policy.word_tokenizer(words))
-    tokenizer = policy.word_tokenizer([*words, *_padding(sizes["vocab_size"] - unique)])
+    tokenizer = policy.word_tokenizer(_padded(words, sizes["vocab_size"]))
     values = AutoConfig.for_model(
         **sizes, tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
