@@ -81,6 +81,8 @@ def test_the_table_holds_the_rate_and_is_drawn_once_a_seed():
         assert WORK.rewards(rate).sum() == right and WORK.rewards(rate).shape == (2, 2, 4)
     assert (WORK.rewards(0.5) == WORK.rewards(0.5)).all()
     assert (WORK.rewards(0.5) != replace(WORK, seed=1).rewards(0.5)).any()
+    right_BE = replace(WORK, questions=9).mixed_rewards().sum(-1)
+    assert set(right_BE.ravel().tolist()) == {1, 2, 3}
 
 
 def test_our_step_trains_on_the_tables_rows_at_the_forced_length():

@@ -42,7 +42,7 @@ PHASES = ("sampling", "scoring", "update")
 # --- the same mathematics ---------------------------------------------------------------------------------------------
 
 
-def gradient_error(work: Work, success: float) -> dict[str, float]:
+def gradient_error(work: Work) -> dict[str, float]:
     """How far TRL's gradient of one batch lies from ours: the norm of the difference over the norm.
 
     Both start from the same float32 weights; TRL samples, ours trains on TRL's rollouts and the same rewards.
@@ -53,7 +53,7 @@ def gradient_error(work: Work, success: float) -> dict[str, float]:
     learned = work.policy()
     model, prompts_BE = twin(learned), work.prompts_BE(learned)
     prompts = [prompt for row in prompts_BE for prompt in row]
-    rewards_BEG = work.rewards(success)
+    rewards_BEG = work.mixed_rewards()
 
     trl = peer.trainer(
         work, model, prompts, lambda: rewards_BEG.ravel().astype(float).tolist(), steps=1, checkpointing=False, max_grad_norm=None
@@ -368,7 +368,7 @@ def main(arguments: Sequence[str]) -> None:
         return
 
     load = os.getloadavg()
-    agreement = gradient_error(replace(work, tokens=min(work.tokens, 16)), success=0.5)
+    agreement = gradient_error(replace(work, tokens=min(work.tokens, 16)))
     print(f"gradients: {agreement}", flush=True)
     if not agreement["relative_error"] < AGREE:
         raise SystemExit(f"TRL and ours do not compute the same gradient ({agreement}): their speed cannot be compared")

@@ -124,6 +124,12 @@ class Work:
         drawn = np.random.default_rng([self.seed, round(1000 * success)]).permutation(right)
         return drawn.reshape(self.questions, self.experts, self.group)
 
+    def mixed_rewards(self) -> np.ndarray:
+        """Another table, bool [B, E, G]: every group has right and wrong rollouts, of varying number."""
+        rng, shape = np.random.default_rng(self.seed), (self.questions, self.experts, self.group)
+        rank_BEG = rng.random(shape).argsort(-1).argsort(-1)
+        return rank_BEG < rng.integers(1, self.group, (*shape[:2], 1))
+
 
 def _padded(words: Sequence[str], size: int) -> list[str]:
     """The words and as many more, never asked, as make a vocabulary of this size."""
