@@ -109,6 +109,7 @@ def run(
     file: File,
     set_: Set = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Jobs side by side; default: as the cores allow.")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Take the time of 3 steps of each stage apart.")] = False,
     reports_dir: Reports = "reports",
 ) -> None:
     """Run a study, or a run file as a study of one arm: what is up to date is kept, and the report comes last."""
@@ -116,6 +117,7 @@ def run(
     from meml_lib.pipeline import graph, processes
 
     with _plain_errors():
+        set_ = [*(set_ or []), *(["tracking.profile_steps=3"] if profile else [])]
         study = config.load_study(file, set_, reports_dir)
         processes.sigterm_as_interrupt()
         try:

@@ -415,7 +415,7 @@ def command() -> str:
     return told or shlex.join(_without_secrets([Path(words[0]).name, *words[1:]]))
 
 
-_SECRET_NAME = r"(?:key|token|secret|password)"
+_SECRET_NAME = r"(?:key|token|secret|pass|passwd|password|auth|credentials?)"
 
 
 def _without_secrets(value: Any, name: str = "") -> Any:
@@ -428,7 +428,7 @@ def _without_secrets(value: Any, name: str = "") -> Any:
         return value
     if re.search(f"(?i){_SECRET_NAME}$", name):
         return "..."
-    return _masked(re.sub(rf"(?i)([\w.-]*{_SECRET_NAME}\W?[=:]\s*)[^\s,}}]+", r"\1...", value))
+    return _masked(re.sub(rf"(?i)([\w.-]*{_SECRET_NAME}\W?[=:]\s*)(?:\"[^\"]*\"|'[^']*'|[^\s,}}]+)", r"\1...", value))
 
 
 def _masked(text: str) -> str:
@@ -470,8 +470,11 @@ def gpus() -> list[str]:
 
 
 def _said_by(*command: str, fine: tuple[int, ...] = (0,)) -> bytes | None:
-    """What a command prints; None where it is not installed, or fails."""
+    """What a command prints; None where it is not installed, fails, or takes longer than a minute."""
     if shutil.which(command[0]) is None:
         return None
-    answer = subprocess.run(command, capture_output=True, timeout=60, check=False)
+    try:
+        answer = subprocess.run(command, capture_output=True, timeout=60, check=False)
+    except subprocess.TimeoutExpired:  # a driver that hangs
+        return None
     return answer.stdout if answer.returncode in fine else None

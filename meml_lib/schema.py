@@ -569,6 +569,8 @@ class TrackingParams(Section):
     """accelerate's names; each needs its own package. tensorboard's files lie in the stage's folder."""
     project: Text
     """The name under which services that need one file the run."""
+    profile_steps: NonNegativeInt
+    """Steps of each stage, after its first two, whose time is taken apart into STAGE/profile/; 0: none."""
 
 
 class RunParams(Section):

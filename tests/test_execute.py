@@ -134,6 +134,17 @@ def test_only_what_is_stale_runs_again(project, quick_run):
     assert "03_riel-full" in executed(said) and "03_riel-multi" not in executed(said)
 
 
+def test_what_is_trained_anew_by_hand_draws_the_reports_again(project, quick_run):
+    quick_run()
+    by_hand = RunFolder(study().run("full", 0).folder("riel"))
+    by_hand.append_metrics({"step": 3, "loss": 0.1, "reward": 0.5})
+    by_hand.write_json("status", by_hand.status)
+    code, said = quick_run()
+    assert code == 0 and "03_riel-full-seed-0: riel has been trained since, by hand" in said
+    assert executed(said) == {"04_ablations", "05_report"}
+    assert "7 up to date" in quick_run()[1]
+
+
 def test_a_result_that_other_values_left_in_the_folder_is_no_result(project, quick_run):
     quick_run()
     project("03_riel", RUN, P, "'trains nothing'")  # as a cell would that swallows what was raised
@@ -169,6 +180,27 @@ def test_a_failed_job_keeps_the_others_and_the_same_command_goes_on(project, qui
     code, said = quick_run()
     assert code == 0 and "03_riel-multi-seed-0: failed: AssertionError" in said
     assert executed(said) == {"03_riel-multi", "03_riel-full", "04_ablations", "05_report"}
+
+
+def test_a_job_that_failed_in_an_earlier_run_and_was_not_reached_in_this_one_did_not_run(project, quick_run):
+    project("03_riel", *NOTEBOOKS["03_riel"][:2], "assert False, 'stage 2 broke'")
+    assert "03_riel-full-seed-0: failed: AssertionError: stage 2 broke" in quick_run()[1]
+    project("02_mef", *NOTEBOOKS["02_mef"][:2], "assert False, 'stage 1 broke'")
+    code, said = quick_run("mef.lr=0.5")
+    assert code == 1 and "03_riel-full-seed-0: did not run, for want of the above" in said
+
+
+def test_magics_and_shell_lines_are_code_and_what_is_no_python_is_named_before_anything_runs(project):
+    notebook = Path("notebooks/04_ablations.ipynb")
+    project("04_ablations", light.OF_STUDY, light.S, "%%time\nx = 1", "names = !ls -a")
+    assert graph.code_cells(notebook)[4] == "names = get_ipython().getoutput('ls -a')\n"
+    before = graph.jobs(study())["04_ablations"].parts()["notebook"]
+    project("04_ablations", light.OF_STUDY, light.S, "%%time\nx = 1", "names = !ls")
+    after = graph.jobs(study())["04_ablations"].parts()["notebook"]
+    assert [name for name in after if after[name] != before[name]] == ["notebooks/04_ablations.ipynb code cell 4"]
+    project("04_ablations", light.OF_STUDY, light.S, "y = 1\nx = (")
+    with pytest.raises(config.ParamsError, match="notebooks/04_ablations.ipynb, code cell 3, line 2: "):
+        graph.run(study(), 1, print)
 
 
 def test_the_graph_names_parents_threads_and_files(project):

@@ -211,6 +211,9 @@ def test_reasons_name_values_versions_code_and_inputs():
     old = {"values": {"a": 1, "b": 2}, "code": {"x.py": "1"}, "versions": {"torch": "2.12"}}
     new = {"values": {"a": 1, "b": None, "c": 3}, "code": {"x.py": "2"}, "versions": {"torch": "2.13"}}
     assert keys.reasons(old, old) == []
+    assert keys.reasons({"values": {"x": "a" * 300}}, {"values": {"x": "a" * 299 + "b"}}) == [
+        f'x: ...{"a" * 20}a"... -> ...{"a" * 20}b"...'
+    ]
     assert keys.reasons(old, new) == ["b: 2 -> null", "c: absent -> 3", "x.py changed", 'torch: "2.12" -> "2.13"']
 
 

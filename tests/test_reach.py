@@ -42,6 +42,13 @@ LIBRARY = {
     "world/flat.py": "import os\n\nos.environ['FLAT'] = '1'\n\nclass Flat:\n    pass\n",
     "page.py": "def page():\n    return open('page.html')\n\ndef blank():\n    return ''\n",
     "page.html": "<p>",
+    "same.py": "def run(x):\n    return x\n\ndef ours():\n    return run(1)\n\n"
+    "def theirs():\n    from meml_lib.world.flat import Flat as run\n    return run\n",
+    "loads.py": "import meml_lib.world.flat\n\ndef f():\n    return 1\n",
+    "table.py": "TABLE = {}\n\ndef register(f):\n    TABLE[f.__name__] = f\n    return f\n\n"
+    "@register\ndef one():\n    return 1\n\n"
+    "def go(name):\n    return TABLE[name]()\n\ndef off():\n    return 0\n",
+    "found.py": "def f():\n    return globals()['g']()\n\ndef g():\n    return 1\n",
 }
 
 
@@ -73,6 +80,10 @@ def library(tmp_path, monkeypatch):
         ("from meml_lib.page import page\npage", "page.html, page.py: page"),
         ("from meml_lib.page import blank\nblank", "page.py: blank"),
         ("import os\nos.getcwd()", ""),
+        ("import meml_lib.world.flat", "world/flat.py"),
+        ("from meml_lib.loads import f\nf()", "loads.py: f, world/flat.py"),
+        ("from meml_lib.table import go\ngo", "table.py, table.py: TABLE, table.py: go, table.py: register"),
+        ("from meml_lib.found import f\nf()", "found.py: f, found.py: g"),
     ],
 )
 def test_code_reaches_what_it_names(library, source, places):
@@ -90,6 +101,20 @@ def test_every_import_of_a_name_counts_and_what_a_module_does_when_loaded(librar
     assert [*reach.code_of(source)] == places
     assert [*reach.code_of(source, {"meml_lib.world.flat"})] == places[:2]
     assert [*reach.code_of(source, {"meml_lib.world.flat.Flat"})] == places[:2]
+
+
+def test_what_its_decorator_may_have_put_in_a_table_counts_and_its_neighbours_do_not(library):
+    source = "from meml_lib import table\ntable.go('one')"
+    before = reach.code_of(source)
+    library("table.py", "return 0", "return 2")
+    assert reach.code_of(source) == before
+    library("table.py", "    return 1", "    return 11")
+    assert keys.reasons({"code": before}, {"code": reach.code_of(source)}) == ["table.py changed"]
+
+
+def test_a_name_that_is_defined_here_and_imported_by_a_function_stands_for_both(library):
+    assert "same.py: run" in reach.code_of("from meml_lib import same\nsame.ours()")
+    assert "same.py: run" in reach.code_of("from meml_lib.same import run\nrun(1)")
 
 
 @pytest.mark.parametrize(

@@ -85,14 +85,14 @@ def test_a_lock_keeps_others_out_and_ends_with_its_process(tmp_path):
 def test_the_manifest_names_its_makings_and_no_secret(tmp_path, monkeypatch):
     monkeypatch.delenv(runs.COMMAND, raising=False)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    words = ["api_key=abc", "extra={api_key: abc, n: 3}", "sampling.max_answer_tokens=96"]
+    words = ["api_key=abc", "extra={api_key: 'abc d', n: 3}", "proxy_auth=abc", "sampling.max_answer_tokens=96"]
     monkeypatch.setattr(sys, "argv", ["/bin/meml", *words])
     facts = {"note": "asked with hf_secret", "overrides": {"x.api_key": "abc", "x.key_from": "HF_TOKEN"}, "seed": 3}
     runs.write_manifest(RunFolder(tmp_path), **facts)
     text = (tmp_path / "manifest.json").read_text()
     manifest = json.loads(text)
     assert manifest["packages"]["torch"] and manifest["hardware"]["cores"] >= 1 and manifest["seed"] == 3
-    assert manifest["command"] == "meml api_key=... 'extra={api_key: ..., n: 3}' sampling.max_answer_tokens=96"
+    assert manifest["command"] == "meml api_key=... 'extra={api_key: ..., n: 3}' proxy_auth=... sampling.max_answer_tokens=96"
     assert manifest["note"] == "asked with ..."
     assert manifest["overrides"] == {"x.api_key": "...", "x.key_from": "HF_TOKEN"}
     assert "hf_secret" not in text and "abc" not in text and "PATH" not in text

@@ -60,6 +60,9 @@ def execute(job: graph.Job, jobs: dict[str, graph.Job]) -> None:
                 if faults:
                     left = f"{job.notebook} ran to its end, but left: " + "; ".join(faults)
                     raise JobFailed(f"{left}\n  mend the cell that should write it and run the same command again")
+                if job.adds_to:
+                    after = job.parts()["inputs"]
+                    parts["inputs"] |= {name: after[name] for name in job.adds_to if name in after}
             except BaseException as error:
                 other = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
                 with suppress(OSError):  # on a full disk "running" stays, by a process that is gone
@@ -67,8 +70,6 @@ def execute(job: graph.Job, jobs: dict[str, graph.Job]) -> None:
                 raise
             seconds = round(time.monotonic() - started, 1)
             runs.end_manifest(folder, wall_s=seconds)
-            after = job.parts()["inputs"]
-            parts["inputs"] |= {name: after[name] for name in job.adds_to if name in after}
             folder.set_status("done", f"ran in {seconds:g} s", parts=parts)
             _say(job, f"done in {seconds:g} s")
         else:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -104,14 +106,31 @@ class Job:
 
 
 def code_cells(notebook: Path) -> dict[int, str]:
-    """Number among the code cells, from 1 -> code; without the parameter cell and lines of IPython's (% and !).
+    """Number among the code cells, from 1 -> code; without the parameter cell.
 
     Text cells are not counted: a new one must not rename those behind it.
+
+    Raises: config.ParamsError for a cell that is no Python, nor IPython's.
     """
     cells = [cell for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
     code = {n: cell for n, cell in enumerate(cells, start=1) if "parameters" not in cell["metadata"].get("tags", [])}
-    lines = {n: "".join(cell["source"]).splitlines() for n, cell in code.items()}
-    return {n: "\n".join(line for line in own if line[:1] not in ("%", "!")) for n, own in lines.items()}
+    place = f"{config.label_of(notebook)}, code cell"
+    return {n: _python("".join(cell["source"]), f"{place} {n}") for n, cell in code.items()}
+
+
+def _python(source: str, place: str) -> str:
+    """A cell's code, with magics and shell lines (% and !), which can matter too, as the calls that they stand for."""
+    with suppress(SyntaxError):
+        ast.parse(source)
+        return source
+    from IPython.core.inputtransformer2 import TransformerManager
+
+    try:
+        code = TransformerManager().transform_cell(source)
+        ast.parse(code)
+    except SyntaxError as error:
+        raise config.ParamsError(f"{place}, line {error.lineno}: {error.msg}") from error
+    return code
 
 
 def jobs(study: config.Study) -> dict[str, Job]:
@@ -162,6 +181,7 @@ def jobs(study: config.Study) -> dict[str, Job]:
                 more = {"stage": "riel", "parents": (stage1,)}
                 of_run(f"03_riel-{name}-seed-{seed}", "03_riel", name, seed, run, run.reads("riel"), **more)
     told = study.model_dump(mode="json", include=set(schema.StudyParams.model_fields))
+    told |= {"run": base.model_dump(mode="json", exclude={"hardware", "tracking", "collect"})}
     trained = tuple(name for name, job in made.items() if job.stage)
     add("04_ablations", "04_ablations", study.parameters(), told, base, parents=trained)
     report = str(study.folder / "report" / "report.html")
@@ -203,17 +223,17 @@ def run(study: config.Study, at_once: int | None, say: Callable[[str], None]) ->
             if name in stale or waiting & {*job.parents}:
                 waiting.add(name)
                 job.done.unlink(missing_ok=True)
-        code, folder = 0, RunFolder(study.folder)
+        code, folder, watching = 0, RunFolder(study.folder), watch.Watch(study.name, made)
         if stale:
             inputs = {name: value for of_job in parts.values() for name, value in of_job["inputs"].items()}
             facts = {"study": study.name, "params_file": study.params_file, "seeds": study.seeds, "inputs": inputs}
             runs.write_manifest(folder, **facts, jobs={name: why[:8] for name, why in stale.items()})
             started = time.monotonic()
-            code = _snakemake(study.folder, at_once * threads, watch.Watch(study.name, made), say)
+            code = _snakemake(study.folder, at_once * threads, watching, say)
             runs.end_manifest(folder, wall_s=round(time.monotonic() - started, 1))
         undone = [job for job in made.values() if not job.done.exists()]
         for job in undone:
-            say(f"  {job.name}: {_failed(job) or 'did not run, for want of the above'}")
+            say(f"  {job.name}: {(watching.state(job) and _failed(job)) or 'did not run, for want of the above'}")
         return code or int(bool(undone))
 
 
@@ -232,6 +252,9 @@ def _why_stale(job: Job, parts: keys.Parts) -> list[str]:
         recorded = status["parts"]
         own = {name: value for name, value in recorded["inputs"].items() if not name.startswith(RESULTS_OF)}
         why = keys.reasons(recorded | {"inputs": own}, parts) or job.faults()
+        trained = RunFolder(job.run.folder(job.stage)).path / "status.json" if job.stage else None
+        if trained and not why and trained.stat().st_mtime_ns > job.done.stat().st_mtime_ns:
+            why = [f"{job.stage} has been trained since, by hand"]  # the same values may give other numbers
     else:
         why = [_failed(job) or "not done yet"]
     return why

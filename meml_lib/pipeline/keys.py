@@ -111,12 +111,15 @@ def reasons(old: Parts | None, new: Parts) -> list[str]:
             if before.get(name) == now.get(name) and (name in before) == (name in now):
                 continue
             if part in ("values", "versions"):
-                lines.append(f"{name}: {_word(before, name)} -> {_word(now, name)}")
+                sides = (json.dumps(side[name]) if name in side else "absent" for side in (before, now))
+                lines.append(f"{name}: {' -> '.join(_words(*sides))}")
             else:
                 what = "new" if name not in before else "gone" if name not in now else "changed"
                 lines.append(f"{name} {what}")
     return lines
 
 
-def _word(values: Mapping[str, Any], name: str) -> str:
-    return json.dumps(values[name]) if name in values else "absent"
+def _words(*sides: str) -> list[str]:
+    """Short as they are; of long texts (a prompt, a note) what stands where they begin to differ."""
+    start = max(0, len(os.path.commonprefix(sides)) - 20)
+    return [side if len(side) <= 60 else f"...{side[start : start + 60]}..." for side in sides]

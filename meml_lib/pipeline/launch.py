@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +80,8 @@ def train(stage: config.Stage, p: config.Run) -> pd.DataFrame:
             if faults:
                 raise RuntimeError(f"{stage} ended, but its results are not complete: " + "; ".join(faults))
         except BaseException as error:
-            folder.set_status("failed", f"{type(error).__name__}: {error}", parts=parts)
+            with suppress(OSError):  # on a full disk "running" stays, by a process that is gone
+                folder.set_status("failed", f"{type(error).__name__}: {error}", parts=parts)
             raise
         seconds = round(time.monotonic() - started, 1)
         runs.end_manifest(folder, wall_s=seconds)

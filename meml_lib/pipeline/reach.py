@@ -19,7 +19,7 @@ from meml_lib import runs
 PACKAGE = Path(__file__).resolve().parents[1]
 _OURS = "meml_lib"
 _REST = "*"
-"""Stands for a module's statements that define nothing; they count with each of its definitions."""
+"""Stands for a module's statements that define nothing; they count wherever the module is loaded."""
 
 
 def code_of(source: str, skip: Container[str] = ()) -> dict[str, str]:
@@ -31,14 +31,17 @@ def code_of(source: str, skip: Container[str] = ()) -> dict[str, str]:
     """
     body = ast.parse(source).body
     found: dict[str, str] = {}
-    waiting, followed = set(_named(body, imports(body))), set()
+    waiting, followed = _loads(body, _OURS, _OURS) | set(_named(body, imports(body))), set()
     while waiting:
         followed.add(path := waiting.pop())
         for module, name in _at(path):
-            if module.name not in skip and f"{module.name}.{name}" not in skip and name in module.statements:
+            if module.name in skip or f"{module.name}.{name}" in skip:
+                continue
+            waiting |= module.loads - followed
+            if name in module.statements:
                 found[module.place if name == _REST else f"{module.place}: {name}"] = module.hashed(name)
                 found |= {str(file.relative_to(PACKAGE)): runs.hash_file(file) for file in module.files(name)}
-                waiting |= (module.named(name) | {f"{module.name}.{_REST}"}) - followed
+                waiting |= module.named(name) - followed
     return dict(sorted(found.items()))
 
 
@@ -61,9 +64,13 @@ class _Module:
         self._package = name if file.name == "__init__.py" else name.rpartition(".")[0]
         body = ast.parse(file.read_text(encoding="utf-8")).body
         self.imports = imports(body, self._package)
+        self.loads = _loads(body, name, self._package)
         self.statements: dict[str, list[ast.stmt]] = {}
+        ours = {defined for statement in body for defined in _defined(statement)} | {*self.imports}
         for statement in body:
-            for defined in _defined(statement):
+            decorated = (node for part in getattr(statement, "decorator_list", []) for node in ast.walk(part))
+            registered = any(isinstance(node, ast.Name) and node.id in ours for node in decorated)
+            for defined in (*_defined(statement), *[_REST] * registered):  # others may find it without its name
                 self.statements.setdefault(defined, []).append(statement)
         self.hashed, self.named, self.files = cache(self._hashed), cache(self._named), cache(self._files)
 
@@ -73,8 +80,10 @@ class _Module:
 
     def _named(self, name: str) -> set[str]:
         own = self.statements[name]
-        defined = {other: {f"{self.name}.{other}"} for other in self.statements}
-        return set(_named(own, defined | self.imports | imports(own, self._package)))
+        paths = {"globals": {self.name}} | {other: {f"{self.name}.{other}"} for other in self.statements}
+        for other, imported in self.imports.items():  # beside: a function may import by a name defined here
+            paths[other] = paths.get(other, set()) | imported
+        return set(_named(own, paths))
 
     def _files(self, name: str) -> list[Path]:
         nodes = (node for statement in self.statements[name] for node in ast.walk(statement))
@@ -107,9 +116,9 @@ def _at(path: str) -> Iterator[tuple[_Module, str]]:
     if first in module.imports:  # imported there, defined elsewhere
         for source in module.imports[first]:
             yield from _at(".".join([source, *others]))
-    elif first in module.statements or first == _REST:
+    if first in module.statements or first == _REST:
         yield module, first
-    else:
+    elif first not in module.imports:
         yield from ((module, name) for name in module.statements)
 
 
@@ -126,6 +135,15 @@ def _defined(statement: ast.stmt) -> Iterator[str]:
             pass
         case _:
             yield _REST
+
+
+def _loads(body: list[ast.stmt], module: str, package: str) -> set[str]:
+    """Dotted paths of what runs while a module is loaded: its own statements, those of its packages and its imports."""
+    paths = {module}.union(*imports([part for part in body if isinstance(part, ast.ImportFrom)], package).values())
+    paths |= {alias.name for part in body if isinstance(part, ast.Import) for alias in part.names}
+    parts = [path.split(".") for path in paths]
+    above = {".".join(own[:length]) for own in parts for length in range(1, len(own) + 1)}
+    return {f"{name}.{_REST}" for name in above if _file(name)}
 
 
 def imports(statements: Iterable[ast.stmt], package: str = _OURS) -> dict[str, set[str]]:

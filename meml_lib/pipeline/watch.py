@@ -48,14 +48,14 @@ class Watch:
     def look(self) -> list[str]:
         """Read what has changed; the signs of trouble that are new."""
         undone = [job for job in self._jobs.values() if not job.done.exists()]
-        states = {job.name: self._state(job) for job in undone}
+        states = {job.name: self.state(job) for job in undone}
         self._done, self._failed = len(self._jobs) - len(undone), list(states.values()).count("failed")
         running = [job for job in undone if states[job.name] == "running"]
         self._running = {job.name: self._running.get(job.name) or _Running(job, self._clock) for job in running}
         return [f"[{name}] {sign}" for name, job in self._running.items() for sign in job.look()]
 
-    def _state(self, job: Job) -> str:
-        """Of this run; an earlier one may have left any."""
+    def state(self, job: Job) -> str:
+        """A job's in this run; empty: it has not begun, whatever an earlier run left."""
         return RunFolder(job.folder).status["state"] if _changed(_status(job)) != self._before[job.name] else ""
 
     @property

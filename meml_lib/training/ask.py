@@ -14,6 +14,7 @@ from meml_lib.rollouts import Rollout, native, uniforms
 from meml_lib.schema import SamplingParams
 from meml_lib.tasks import Question, Task
 from meml_lib.training.policy import Policy
+from meml_lib.training.profile import span
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ def in_order(rows: Sequence[dict], questions: Sequence[Question], panel: Sequenc
     return sorted(rows, key=lambda row: (question_at[row["question_id"]], expert_at[row["expert"]], row["sample"]))
 
 
+@span("ask: sample and grade")
 def ask(
     policy: Policy,
     task: Task,
@@ -65,16 +67,17 @@ def ask(
     else:
         uniform_NT = np.stack([uniforms(*key, *k, count=limit) for k in keys])
     policy.model.eval()
-    flat = native.sample(
-        policy.model,
-        [prompt for row in prompts_BE for prompt in row for _ in range(rollouts)],
-        uniform_NT=uniform_NT,
-        end_ids=policy.end_ids,
-        max_answer_tokens=limit,
-        rows_per_batch=sampling.rows_per_batch,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-    )
+    with span("sample"):
+        flat = native.sample(
+            policy.model,
+            [prompt for row in prompts_BE for prompt in row for _ in range(rollouts)],
+            uniform_NT=uniform_NT,
+            end_ids=policy.end_ids,
+            max_answer_tokens=limit,
+            rows_per_batch=sampling.rows_per_batch,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+        )
     by_id = {question.id: question for question in questions}
     rows = []
     for (question_id, expert, sample), rollout in zip(keys, flat, strict=True):

@@ -15,6 +15,7 @@ from meml_lib.training import packing
 from meml_lib.training.head import AnswerLoss, Use
 from meml_lib.training.losses import Part, WeighedRow, token_weights
 from meml_lib.training.policy import Policy, Row
+from meml_lib.training.profile import span
 
 
 class Learner:
@@ -55,6 +56,7 @@ class Learner:
         """Of the step to come."""
         return self.params.lr * schedule(self._done, self.params, self._steps)
 
+    @span("update")
     def update(self, parts: Sequence[Part], *, advance: bool = True) -> dict[str, float]:
         """Minimise sum over parts of weight * loss (eq. 10) by one optimiser step.
 
@@ -121,6 +123,7 @@ class Learner:
         row = Row(end, end)
         return [(row, [Use(0, WeighedRow(row, 0.0, best_prompt=end, best_logp=(0.0,)), 0.0)])]
 
+    @span("forward and backward pass")
     def _pass(self, parts: Sequence[Part], rows: Sequence[Row], uses: Sequence[Sequence[Use]]) -> Tensor:
         """Forward and backward of one micro-batch. Returns: the loss of each part, unweighted; nats."""
         best_rows, best = [], None
@@ -141,6 +144,7 @@ class Learner:
         gathered = self.accelerator.gather(torch.tensor([values], dtype=torch.float64, device=self.accelerator.device))
         return (gathered.sum(0) if how == "sum" else gathered.amax(0)).tolist()
 
+    @span("optimizer step")
     def _step(self) -> float:
         for parameter, copy in self._copies:
             copy.grad = None if parameter.grad is None else parameter.grad.float()

@@ -21,6 +21,7 @@ from meml_lib.runs import RunFolder
 from meml_lib.schema import MefParams, OptimizerParams, RielParams
 from meml_lib.training import evaluate, mef, policy, riel
 from meml_lib.training.learner import Learner
+from meml_lib.training.profile import profiled
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,7 +52,7 @@ def run(stage: config.Stage, p: config.Run, on_record: OnRecord | None = None) -
     doing("training")
     best = Best(learned, begun.params.patience)
     with _trackers(p, accelerator):
-        for record in begun.steps:
+        for record in profiled(begun.steps, p.tracking.profile_steps, folder.path / "profile", accelerator):
             if validate_every and (record["step"] + 1) % validate_every == 0:
                 record |= evaluate.accuracy(evaluate.greedy(p, learned, task, panel, accelerator, "validation"))
                 best.see(record["validation_accuracy"])

@@ -1,0 +1,251 @@
+"""A decode step of Llama-shaped models without transformers between: one token of every row, from the trainer's weights.
+
+What it saves over a model's own forward pass, in which a step of few tokens is mostly overhead:
+- q, k and v are one product, gate and up another; large matrices are laid out for the CPU once, not at every product.
+- The keys of a prompt are kept once for all its rollouts, whose queries meet them in one product.
+- An answer's keys are written in place, in the layout that the product reads; attention is two products and a softmax.
+- On CUDA a step is one captured graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from meml_lib.rollouts.forward import prefill
+
+_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+_ROPES = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on how long the text is
+_PACK = 2**18  # weights; the product of a smaller matrix takes longer when it is packed
+_BLOCK, _CUDA_BLOCK = 1, 128  # columns by which an answer's attention widens; a graph has one width
+
+
+def fits(model: PreTrainedModel, positions: int) -> bool:
+    """Whether `Weights` can decode this model over so many positions; else `forward.Forward` does."""
+    base, config = _base(model), model.config
+    window = getattr(config, "sliding_window", None)
+    if config.model_type not in _FAMILIES or config.rope_parameters["rope_type"] not in _ROPES:
+        return False
+    linear = [module for layer in base.model.layers for part in (layer.self_attn, layer.mlp) for module in part.children()]
+    linear = [base.lm_head, *(module for module in linear if hasattr(module, "in_features"))]
+    unwindowed = window is None or positions < window
+    return unwindowed and type(base.model.embed_tokens) is nn.Embedding and all(map(_is_plain, linear))
+
+
+class _Layer(NamedTuple):
+    norm: Tensor
+    qkv: Callable[[Tensor], Tensor]
+    qk_norm: Tensor | None
+    """[heads of q and k, 1 or head size], Qwen3's."""
+    out: Callable[[Tensor], Tensor]
+    mlp_norm: Tensor
+    gate_up: Callable[[Tensor], Tensor]
+    down: Callable[[Tensor], Tensor]
+
+
+class Weights:
+    """A model's weights as a decode step reads them: copies, to be made anew after each update of the model.
+
+    LoRA adapters are merged into the copies, in the model's own precision.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        base = _base(model)
+        attention = base.model.layers[0].self_attn
+        self.model, self.head_size, self.scale = model, attention.head_dim, attention.scaling
+        self.heads, self.kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
+        self.eps, self.act = base.model.norm.variance_epsilon, base.model.layers[0].mlp.act_fn
+        # Rotary embedding turns the pairs (i, i + half). Side by side they are complex numbers, turned in one product.
+        self.order = torch.arange(self.head_size, device=model.device).view(2, -1).T.flatten()
+        self.rotary = base.model.rotary_emb
+        self.embedding, self.norm, self.head = base.model.embed_tokens.weight, base.model.norm.weight, _linear(base.lm_head)
+        self.layers = [self._layer(layer) for layer in base.model.layers]
+
+    def _layer(self, layer: nn.Module) -> _Layer:
+        attention, mlp, qk_norm = layer.self_attn, layer.mlp, None
+        if hasattr(attention, "q_norm"):
+            q, k = attention.q_norm.weight[self.order], attention.k_norm.weight[self.order]
+            qk_norm = torch.cat((q.expand(self.heads, -1), k.expand(self.kv_heads, -1)))
+        turned = torch.arange((self.heads + self.kv_heads) * self.head_size, device=self.order.device)
+        turned = turned.view(-1, self.head_size)[:, self.order].flatten()
+        return _Layer(
+            layer.input_layernorm.weight,
+            _linear(attention.q_proj, attention.k_proj, attention.v_proj, first=turned),
+            qk_norm,
+            _linear(attention.o_proj),
+            layer.post_attention_layernorm.weight,
+            _linear(mlp.gate_proj, mlp.up_proj),
+            _linear(mlp.down_proj),
+        )
+
+
+class Decoder:
+    """Answers, a token of every row at a time.
+
+    Args:
+      prompts: P, unequal. prompt_of_row: N indices into them. room: most tokens of an answer.
+    """
+
+    def __init__(self, weights: Weights, prompts: Sequence[tuple[int, ...]], prompt_of_row: list[int], room: int):
+        self._w, self._step = weights, 0
+        cache, logits_PV, mask_PT = prefill(weights.model, prompts)
+        device, dtype, heads, size = logits_PV.device, weights.embedding.dtype, weights.kv_heads, weights.head_size
+        self._block = _CUDA_BLOCK if device.type == "cuda" else _BLOCK
+        room = -(-room // self._block) * self._block
+        rows_N = torch.tensor(prompt_of_row, device=device)
+        self.logits_NV = logits_PV[rows_N]
+        """The first token's."""
+        self._position_N, self._at = mask_PT.sum(-1)[rows_N], torch.zeros(1, dtype=torch.long, device=device)
+        positions = torch.arange(mask_PT.shape[1] + room, device=device)[None]
+        cos, sin = (table[0, :, : size // 2].float() for table in weights.rotary(weights.embedding, positions))
+        self._turns_T = torch.complex(cos, sin)
+        # Keys are columns and values rows, as their products read them: [P * heads, size, T] and [P * heads, T, size].
+        keys = (c.keys[..., weights.order].mT.flatten(0, 1).contiguous() for c in cache.layers)
+        self._prompts = list(zip(keys, (c.values.flatten(0, 1).contiguous() for c in cache.layers), strict=True))
+        bias_PT = torch.zeros(mask_PT.shape, dtype=dtype, device=device).masked_fill_(mask_PT == 0, -torch.inf)
+        self._bias = bias_PT.repeat_interleave(heads, 0)[:, None]
+        self._prompt_of_row = prompt_of_row
+        # Zeros, not empty: a column beyond the answer still enters the product, where 0 times a stray nan is nan.
+        both, rows = {"dtype": dtype, "device": device}, len(prompt_of_row) * heads
+        self._own = [(torch.zeros(rows, size, room, **both), torch.zeros(rows, room, size, **both)) for _ in cache.layers]
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """Give every prompt as many slots as the most rows that one of them has."""
+        rows_P = [[] for _ in range(max(self._prompt_of_row) + 1)]
+        for n, prompt in enumerate(self._prompt_of_row):
+            rows_P[prompt].append(n)
+        self._slots = max(map(len, rows_P))
+        slots = [n for rows in rows_P for n in (rows + rows[:1] * self._slots)[: self._slots]]  # a spare one: any row
+        if slots == list(range(len(self._prompt_of_row))):
+            self._row_of_slot = self._slot_of_row_N = None
+        else:
+            at = {n: slot for slot, n in reversed(list(enumerate(slots)))}
+            device = self._position_N.device
+            self._row_of_slot = torch.tensor(slots, device=device)
+            self._slot_of_row_N = torch.tensor([at[n] for n in range(len(at))], device=device)
+        self._graph = None
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows alone."""
+        self._position_N = self._position_N[rows]
+        self._own = [(self._select(k, rows), self._select(v, rows)) for k, v in self._own]
+        prompt_of_row = [self._prompt_of_row[n] for n in rows.tolist()]
+        asked = sorted(set(prompt_of_row))
+        if len(asked) <= max(self._prompt_of_row):
+            at = torch.tensor(asked, device=rows.device)
+            self._prompts = [(self._select(k, at), self._select(v, at)) for k, v in self._prompts]
+            self._bias = self._select(self._bias, at)
+        self._prompt_of_row = [asked.index(p) for p in prompt_of_row]
+        self._arrange()
+
+    def _select(self, x: Tensor, rows: Tensor) -> Tensor:
+        return x.unflatten(0, (-1, self._w.kv_heads))[rows].flatten(0, 1)
+
+    def step(self, token_N: Tensor) -> Tensor:
+        """Append a token to every row. Returns: the next one's logits [N, V], which the step after may overwrite."""
+        width = (self._step // self._block + 1) * self._block
+        self._at.fill_(self._step)
+        self._step += 1
+        if token_N.device.type != "cuda":
+            return self._forward(token_N, width)
+        if self._graph is None or self._width != width:
+            self._capture(token_N, width)
+        self._token_N.copy_(token_N)
+        self._graph.replay()
+        return self._logits_NV
+
+    def _capture(self, token_N: Tensor, width: int) -> None:
+        """Record a step of so many rows and columns. Never run by us: no CUDA machine was at hand."""
+        self._width, self._token_N, self._graph = width, token_N.clone(), None
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # once before recording, so that libraries have their workspaces
+            self._forward(self._token_N, width)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._logits_NV = self._forward(self._token_N, width)
+        self._graph = graph
+
+    def _forward(self, token_N: Tensor, width: int) -> Tensor:
+        """Append token number `at`; it attends to `width` > at columns of its answer. Doing it twice is harmless."""
+        w, at, rows = self._w, self._at, len(token_N)
+        heads, kv_heads, size = w.heads, w.kv_heads, w.head_size
+        turn_N = self._turns_T[self._position_N + at][:, None]
+        bias_T = w.embedding.new_zeros(width).masked_fill_(torch.arange(width, device=at.device) > at, -torch.inf)
+        x = F.embedding(token_N, w.embedding)
+        for layer, (prompt_k, prompt_v), (own_k, own_v) in zip(w.layers, self._prompts, self._own, strict=True):
+            qkv = layer.qkv(F.rms_norm(x, x.shape[-1:], layer.norm, w.eps)).view(rows, -1, size)
+            qk, v = qkv.split((heads + kv_heads, kv_heads), dim=1)
+            if layer.qk_norm is not None:
+                qk = F.rms_norm(qk, (size,), None, w.eps) * layer.qk_norm
+            turned = torch.view_as_complex(qk.float().unflatten(-1, (-1, 2))) * turn_N
+            q, k = torch.view_as_real(turned).flatten(-2).to(v.dtype).split((heads, kv_heads), dim=1)
+            own_k.index_copy_(2, at, k.reshape(-1, size, 1))
+            own_v.index_copy_(1, at, v.reshape(-1, 1, size))
+            q = q.reshape(rows * kv_heads, -1, size)
+            near = torch.baddbmm(bias_T, q, own_k[..., :width], alpha=w.scale)
+            far = torch.baddbmm(self._bias, self._by_prompt(q), prompt_k, alpha=w.scale)
+            p = torch.cat((self._by_row(far), near), dim=-1).softmax(-1)
+            far, near = p.split((prompt_v.shape[1], width), dim=-1)
+            mixed = torch.baddbmm(self._by_row(self._by_prompt(far) @ prompt_v), near, own_v[:, :width])
+            x = x + layer.out(mixed.view(rows, -1))
+            gate, up = layer.gate_up(F.rms_norm(x, x.shape[-1:], layer.mlp_norm, w.eps)).chunk(2, dim=-1)
+            x = x + layer.down(w.act(gate) * up)
+        return w.head(F.rms_norm(x, x.shape[-1:], w.norm, w.eps))
+
+    def _by_prompt(self, x: Tensor) -> Tensor:
+        """[rows * kv heads, heads of a kv head, c] to [prompts * kv heads, slots * heads of a kv head, c]."""
+        each, c = x.shape[1:]
+        x = x.reshape(-1, self._w.kv_heads, each, c)
+        x = x if self._row_of_slot is None else x[self._row_of_slot]
+        return x.unflatten(0, (-1, self._slots)).transpose(1, 2).reshape(-1, self._slots * each, c)
+
+    def _by_row(self, x: Tensor) -> Tensor:
+        """The inverse of `_by_prompt`."""
+        x = x.reshape(-1, self._w.kv_heads, self._slots, x.shape[1] // self._slots, x.shape[2]).transpose(1, 2).flatten(0, 1)
+        return (x if self._slot_of_row_N is None else x[self._slot_of_row_N]).flatten(0, 1)
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+def _base(model: PreTrainedModel) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's wrapper
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """A linear layer whose weight can be read as it stands: neither quantised, sharded nor another kind of adapter's."""
+    base = getattr(module, "base_layer", module)  # peft's wrapper has one; DoRA and its like are variants
+    special = base is not module and (module.disable_adapters or module.lora_variant or any(module.lora_bias.values()))
+    return type(base) is nn.Linear and type(base.weight) is nn.Parameter and not special
+
+
+def _merged(module: nn.Module) -> Tensor:
+    weight = module.weight
+    for adapter in getattr(module, "active_adapters", ()):
+        if adapter in module.lora_A and adapter not in module.merged_adapters:
+            weight = weight + module.get_delta_weight(adapter)
+    return weight
+
+
+def _linear(*modules: nn.Module, first: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    """x -> the outputs of all modules, side by side; those of the first len(first) in the order `first`."""
+    weights, biases = [_merged(module) for module in modules], [module.bias for module in modules]
+    weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+    bias = None if biases[0] is None else torch.cat(biases)
+    if first is not None:
+        weight = torch.cat((weight[first], weight[len(first) :]))
+        bias = None if bias is None else torch.cat((bias[first], bias[len(first) :]))
+    fast = weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and fast and weight.numel() >= _PACK:
+        # F.linear lays such a matrix out for oneDNN at every product, in a third of its time.
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return lambda x: F.linear(x, weight, bias)
