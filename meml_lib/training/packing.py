@@ -224,8 +224,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
         query, key, value = (x.float() for x in (query, key, value))
     elif "attn_mask" in options:  # CUDA's fused kernels take a mask or shared heads, not both
         key, value = (x.repeat_interleave(query.shape[2] // key.shape[2], 2) for x in (key, value))
+    shared = query.shape[2] != key.shape[2]
     heads_first = (x.transpose(1, 2) for x in (query, key, value))
-    out = nn.functional.scaled_dot_product_attention(*heads_first, enable_gqa=True, **options)
+    out = nn.functional.scaled_dot_product_attention(*heads_first, enable_gqa=shared, **options)
     return out.transpose(1, 2).to(dtype)
 
 
