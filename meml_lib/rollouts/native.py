@@ -22,7 +22,7 @@ from meml_lib.rollouts.forward import Forward
 # CUDA's rows are looked at rarely, since looking is waiting, and leave rarely, since a graph is then recorded anew.
 _CHECK, _CUDA_CHECK = 1, 8  # tokens between two looks at which rows have finished
 _REFILL, _CUDA_REFILL = 7 / 8, 1 / 2  # finished rows leave when fewer than this share are alive; the cache is copied
-_ENTRIES, _CUDA_ENTRIES = 2**18, 2**25  # of [N, V], that a draw works on at a time
+ENTRIES, CUDA_ENTRIES = 2**18, 2**25  # of [N, V], that a draw works on at a time
 
 _IN_BLOCKS = 4096  # words from which sums of blocks are worth it
 
@@ -123,7 +123,7 @@ def choose(
       temperature: > 0, or None for the most likely token. top_p: see `draw`.
     Returns: [N] token ids; their log-probabilities and the distributions' entropies, in nats.
     """
-    rows = max(1, (_CUDA_ENTRIES if logits_NV.is_cuda else _ENTRIES) // logits_NV.shape[1])
+    rows = max(1, (CUDA_ENTRIES if logits_NV.is_cuda else ENTRIES) // logits_NV.shape[1])
     chunks = zip(logits_NV.split(rows), uniform_N.split(rows), strict=True)
     told = [_choose(logits_nV.float(), uniform_n, temperature, top_p) for logits_nV, uniform_n in chunks]
     return told[0] if len(told) == 1 else tuple(map(torch.cat, zip(*told, strict=True)))
