@@ -46,18 +46,19 @@ class Between(TrainerCallback):
 
     def __init__(self, before: Callable[[int], None], after: Callable[[int, Timed], None]):
         self.trainer: Peer | None = None
-        self._before, self._after, self._started = before, after, 0.0
+        self._before, self._after = before, after
+        self._started = self._cpu = 0.0
 
     def on_step_begin(self, args, state, control, **_):
         self._before(state.global_step)
         synchronise(args.device)
-        self._started = time.perf_counter()
+        self._started, self._cpu = time.perf_counter(), time.process_time()
 
     def on_step_end(self, args, state, control, **_):
         synchronise(args.device)
-        total = time.perf_counter() - self._started
+        total, cpu = time.perf_counter() - self._started, time.process_time() - self._cpu
         sampling, scoring = self.trainer.sampled_s, self.trainer.scored_s
-        self._after(state.global_step - 1, Timed(sampling, scoring, total - sampling - scoring))
+        self._after(state.global_step - 1, Timed(sampling, scoring, total - sampling - scoring, cpu))
 
 
 def trainer(

@@ -109,7 +109,7 @@ def _gradient(step, model: torch.nn.Module) -> torch.Tensor:
 def timed_pairs(work: Work, success: Sequence[float], pairs: int, passes: int) -> tuple[list[dict], list[dict]]:
     """Time TRL's step and ours in turns; the first round, which warms up, is left out.
 
-    In odd rounds ours go before TRL's. Returns: one row a step (round, success, who, sampling, scoring, update, total:
+    In odd rounds ours go before TRL's. Returns: one row a step (round, success, who, sampling, scoring, update, cpu, total:
     seconds); one row a round: the machine's rates just before it.
     """
     import peer
@@ -163,7 +163,7 @@ def summary(steps: pd.DataFrame, work: Work) -> dict:
     found: dict = {}
     for (rate, who), rows in steps.groupby(["success", "who"]):
         entry = found.setdefault(f"{rate:g}", {}).setdefault(who, {})
-        for phase in (*PHASES, "total"):
+        for phase in (*PHASES, "total", "cpu"):
             entry[f"{phase}_s"] = {"median": rows[phase].median(), "min": rows[phase].min(), "max": rows[phase].max()}
         entry["sampled_tokens_per_s"] = work.rows * work.tokens / rows["sampling"].median()
         entry["tokens_per_s"] = work.rows * work.tokens / rows["total"].median()
@@ -173,7 +173,7 @@ def summary(steps: pd.DataFrame, work: Work) -> dict:
         for arm in ARMS:
             ours = here[here["who"] == arm]
             entries[arm]["trl_over_ours"] = {
-                phase: median((trl[phase] / ours[phase]).dropna().to_numpy()) for phase in ("sampling", "update", "total")
+                phase: median((trl[phase] / ours[phase]).dropna().to_numpy()) for phase in ("sampling", "update", "total", "cpu")
             }
     return found
 

@@ -177,6 +177,8 @@ class Timed:
     scoring: float
     """Between sampling and update: reading and grading answers, rewards, advantages, a second pass where there is one."""
     update: float
+    cpu: float
+    """Of the whole step, all threads together: other load on the machine changes it little."""
 
     @property
     def total(self) -> float:
@@ -197,15 +199,14 @@ class Ours:
         self.task.set_rewards(self.work.rewards(success))
         with forced_length() as sampled:
             synchronise(self.work.device)
-            started = time.perf_counter()
+            started, cpu = time.perf_counter(), time.process_time()
             metrics = next(self._steps[arm]).metrics
             synchronise(self.work.device)
-            total = time.perf_counter() - started
+            total, cpu = time.perf_counter() - started, time.process_time() - cpu
         if metrics["answer_tokens"] != self.work.tokens or metrics.get("rows/buffer_sft"):
             raise RuntimeError(f"not the step that was meant: {metrics}")
         sampling = sum(sampled)
-        update = total - metrics["sample_seconds"]
-        return Timed(sampling, metrics["sample_seconds"] - sampling, update)
+        return Timed(sampling, metrics["sample_seconds"] - sampling, total - metrics["sample_seconds"], cpu)
 
 
 @contextmanager
