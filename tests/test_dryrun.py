@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config
 
 from meml_lib import config
-from meml_lib.rollouts import native
+from meml_lib.rollouts import decoder, native
 from meml_lib.training import dryrun, packing, policy
 from meml_lib.training.head import AnswerLoss, Use
 from meml_lib.training.losses import Part, WeighedRow, weighted_nll
@@ -139,7 +139,7 @@ def test_each_part_of_the_papers_memory_follows_its_formula():
     assert told["weights"] == 2 * count and told["float32 copies"] == 4 * count and told["moments"] == 8 * count
     assert told["gradients"] == 4 * count  # bfloat16, and once more in the buckets of eight processes
     assert told["or: sampling"] == 256 * (288 + 1024) * 28 * 2 * 2 * 128 * 2  # 9.6e9
-    assert told["and: sampling"] == 256 * 151_936 * 26 + told["or: sampling"] // 28 * 6
+    assert told["and: sampling"] == 256 * 151_936 * 18 + 28 * 1536 * ((12 + 2 * 2) * 128 + 2 * 8960) * 2
     assert told["or: an update"] == 8 * count
     turns = (told["or: sampling"] + told["and: sampling"], told["or: a pass"], told["or: an update"])
     assert told["most"] == 18 * count + max(turns)
@@ -158,17 +158,18 @@ def test_sampling_is_what_the_sampler_reserves(task, panel, policy):
     p = config.load_run("smoke.yaml", {"sampling.rows_per_batch": 6})
     p = tiny(p, hidden_size=32, layers=2, heads=1, mlp_size=64, max_positions=128)
     prompt, answer = 128 - 48, 48  # as long as its positions allow
-    cache, *_ = native._prefill(policy.model, [(1,) * prompt])
-    native._reserve(cache, torch.zeros(6, dtype=torch.long), answer)
-    held = sum(store.nbytes for layer in cache.layers for store in layer._store)
+    prompts = [(n,) * prompt for n in range(6)]
+    with torch.inference_mode():
+        answers = decoder.Decoder(decoder.Weights(policy.model), prompts, list(range(6)), answer)
+    held = sum(store.nbytes for layer in (*answers._prompts, *answers._own) for store in layer)
     assert parts_of(p)["or: sampling"] == held == 6 * 128 * 2 * 2 * 32 * 4
 
 
-def test_a_draw_holds_26_bytes_a_word_of_which_6_are_there_before_it():
-    logp_NV = torch.full((4, 1000), 0.001).log()
-    with Live([logp_NV]) as live:
-        native.draw(logp_NV, torch.full((4,), 0.5, dtype=torch.float64), temperature=1.0, top_p=None)
-    assert live.peak / (4 * 1000) == pytest.approx(26 - 6, abs=0.1)  # bfloat16 logits and float32 logp
+def test_a_draw_holds_16_bytes_a_word_beside_the_logits():
+    logits_NV = torch.zeros(4, 2**14, dtype=torch.bfloat16)
+    with Live([logits_NV]) as live:
+        native.choose(logits_NV, torch.full((4,), 0.5, dtype=torch.float64), temperature=1.0, top_p=None)
+    assert live.peak / logits_NV.numel() == pytest.approx(16, abs=0.1)
 
 
 @pytest.mark.parametrize(

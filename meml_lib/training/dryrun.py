@@ -80,8 +80,10 @@ def memory(p: config.Run, model: PreTrainedModel) -> tuple[list[tuple[str, int, 
     half, parallel = size < 4, p.hardware.processes > 1
     head_size = _head(c)
     cache = rows * (prompt + answer) * layers * 2 * c.num_key_value_heads * head_size * size
-    # The sampler's own copies of a row of the vocabulary: logits 2 bytes, logp and p 4 each, p and its sums in float64.
-    step = rows * c.vocab_size * 26 + cache // layers * c.num_attention_heads // c.num_key_value_heads
+    # The decoder lays q, k, v and gate, up side by side. A draw's copies of a row of the vocabulary: logits in their
+    # dtype; in float32, logits, p, logits without -inf and their product.
+    wide = (c.num_attention_heads + 2 * c.num_key_value_heads) * head_size + 2 * c.intermediate_size
+    step = layers * c.hidden_size * wide * size + rows * c.vocab_size * (size + 16)
     at_once = max(1, (p.hardware.micro_batch_tokens - prompt) // answer)
     stay = [
         ("weights", count * size, f"{count:,} parameters x {size} bytes"),
@@ -92,8 +94,7 @@ def memory(p: config.Run, model: PreTrainedModel) -> tuple[list[tuple[str, int, 
     turns = [
         ("or: sampling", cache, f"KV cache of {rows} rows x ({prompt} + {answer}) tokens x {layers} "
          f"layers x 2 x {c.num_key_value_heads} heads x {head_size} x {size} bytes"),
-        ("", step, f"a draw, {rows} rows x {c.vocab_size:,} words x 26 bytes; a layer's keys and values for "
-         f"{c.num_attention_heads} heads"),
+        ("", step, f"the decoder's copies of weights; a draw, {rows} rows x {c.vocab_size:,} words x {size + 16} bytes"),
         ("or: a pass", pass_bytes(model, at_once, prompt, answer), f"forward and backward of {at_once} answers x "
          f"{answer} tokens to a prompt of {prompt}, within 30 %"),
         ("or: an update", count * 4 * (1 + half), "the optimiser's float32 intermediates and gradients"),
