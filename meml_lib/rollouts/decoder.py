@@ -243,9 +243,14 @@ def _linear(*modules: nn.Module, first: Tensor | None = None) -> Callable[[Tenso
     if first is not None:
         weight = torch.cat((weight[first], weight[len(first) :]))
         bias = None if bias is None else torch.cat((bias[first], bias[len(first) :]))
-    fast = weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and fast and weight.numel() >= _PACK:
+    if weight.device.type == "cpu" and weight.numel() >= _PACK and _onednn(weight.dtype):
         # F.linear lays such a matrix out for oneDNN at every product, in a third of its time.
         packed = torch.ops.mkldnn._reorder_linear_weight(weight)
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return lambda x: F.linear(x, weight, bias)
+
+
+def _onednn(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
