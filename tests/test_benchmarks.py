@@ -1,4 +1,4 @@
-"""The benchmarks: counts of work that a counter confirms, one table of rewards for both, and speed only after agreement."""
+"""The benchmarks: counts of work that a counter confirms, one table of rewards, and speed only after agreement."""
 
 import json
 import sys
@@ -26,8 +26,8 @@ TINY = limits.Shape(layers=1, hidden=2, query=2, key=2, mlp=3, vocabulary=5)
 def model():
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=50, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1, intermediate_size=40,
-        attn_implementation="eager", use_cache=False,
+        vocab_size=50, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1,
+        intermediate_size=40, attn_implementation="eager", use_cache=False,
     )  # fmt: skip
     return LlamaForCausalLM(config)
 
@@ -59,7 +59,9 @@ def test_samplings_count_is_prefill_and_decode_steps(model):
     step, _ = counted(lambda: model(torch.randint(50, (1, 1))))
     bare = replace(shape, query=0, key=shape.key + shape.query)
     assert limits.sampling_flops(bare, {prompt: [answer] * 3}) == prefill + 3 * (answer - 1) * step
-    with_attention = limits.sampling_flops(shape, {prompt: [answer] * 3}) - limits.sampling_flops(bare, {prompt: [answer] * 3})
+    with_attention = limits.sampling_flops(shape, {prompt: [answer] * 3}) - limits.sampling_flops(
+        bare, {prompt: [answer] * 3}
+    )
     assert with_attention == 4 * 2 * 24 * (28 + 3 * (8 + 9 + 10))
 
 
@@ -91,13 +93,17 @@ def test_our_step_trains_on_the_tables_rows_at_the_forced_length():
     before = [weight.detach().clone() for weight in learned.model.parameters()]
     for arm in workload.ARMS:
         assert ours.step(arm, 0.0).total > 0
-    assert all(torch.equal(old, new) for old, new in zip(before, learned.model.parameters(), strict=True))  # nothing to learn
+    assert all(
+        torch.equal(old, new) for old, new in zip(before, learned.model.parameters(), strict=True)
+    )  # nothing to learn
     for rate in (0.5, 0.9):
         ours.task.set_rewards(WORK.rewards(rate))
         for arm, steps in ours._steps.items():
             with workload.forced_length() as sampled:
                 metrics = next(steps).metrics
-            assert len(sampled) == 1 and metrics["answer_tokens"] == 5 and metrics["reward"] == WORK.rewards(rate).mean()
+            assert (
+                len(sampled) == 1 and metrics["answer_tokens"] == 5 and metrics["reward"] == WORK.rewards(rate).mean()
+            )
             rows = workload.trained_rows(WORK, arm, rate, WORK.prompts_BE(learned))
             assert sum(map(len, rows.values())) == metrics["rows/grpo"] + metrics.get("rows/mutual", 0) > 0
     assert not torch.equal(before[0], next(iter(learned.model.parameters())))
@@ -116,7 +122,20 @@ def test_a_median_has_an_interval_within_its_values():
 
 def test_trl_and_ours_agree_and_the_smallest_benchmark_is_written(tmp_path, monkeypatch):
     pytest.importorskip("trl")
-    arguments = ["--tokens", "4", "--prompts", "2x2", "--group", "2", "--pairs", "1", "--success", "0.5", "--threads", "1"]
+    arguments = [
+        "--tokens",
+        "4",
+        "--prompts",
+        "2x2",
+        "--group",
+        "2",
+        "--pairs",
+        "1",
+        "--success",
+        "0.5",
+        "--threads",
+        "1",
+    ]
     speed.main([*arguments, "--no-memory", "--out", str(tmp_path)])
     (file,) = tmp_path.glob("*.json")
     result = json.loads(file.read_text())
@@ -125,11 +144,15 @@ def test_trl_and_ours_agree_and_the_smallest_benchmark_is_written(tmp_path, monk
     assert set(entries) == set(speed.LABELS)
     for arm in workload.ARMS:
         steps = {row["who"]: row for row in result["steps"]}
-        assert entries[arm]["trl_over_ours"]["total"]["median"] == pytest.approx(steps["trl"]["total"] / steps[arm]["total"])
+        assert entries[arm]["trl_over_ours"]["total"]["median"] == pytest.approx(
+            steps["trl"]["total"] / steps[arm]["total"]
+        )
         assert result["limit"]["by_success"]["0.5"][arm]["sampling_share_of_limit"] > 0
     assert [row["round"] for row in result["steps"]] == [1, 1, 1]  # the first round is thrown away
     assert all(row["sampling"] > 0 and row["update"] > 0 for row in result["steps"])
-    assert {"commit", "packages", "hardware", "command", "date"} <= set(result["manifest"]) and result["manifest"]["packages"]["trl"]
+    assert {"commit", "packages", "hardware", "command", "date"} <= set(result["manifest"]) and result["manifest"][
+        "packages"
+    ]["trl"]
     assert file.with_suffix(".png").stat().st_size > 5000
 
     monkeypatch.setitem(workload.ARMS, "signed", ())  # other mathematics: positive advantages and mutual learning

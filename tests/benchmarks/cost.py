@@ -1,7 +1,7 @@
-"""Our step's seconds against the size of its work, on the embedded model: `python tests/benchmarks/cost.py --out FOLDER`.
+"""Our step's seconds against the size of its work, embedded model: `python tests/benchmarks/cost.py --out FOLDER`.
 
 One size at a time is changed from 4 questions x 3 experts x 8 rollouts of 64 tokens, success rate 50 %, and all sizes
-take their MEML step in turns. Then three experts against one, with as many rollouts in all and with three times as many.
+take their MEML step in turns. Then three experts against one, with as many rollouts in all and with three times those.
 """
 
 from __future__ import annotations
@@ -65,13 +65,19 @@ def picture(size: str, sizes: Sequence[int], seconds_RS: np.ndarray, fitted: Map
     data = pd.DataFrame({size: sizes, "median_s": middle, "min_s": low, "max_s": high})
     with figures._figure(4.6, 3.2, note) as figure:
         axes = figure.subplots()
-        axes.errorbar(sizes, middle, [middle - low, high - middle], fmt="o-", color=figures.COLOURS[0], capsize=2, label="a step")
+        axes.errorbar(
+            sizes, middle, [middle - low, high - middle], fmt="o-", color=figures.COLOURS[0], capsize=2, label="a step"
+        )
         proportional = middle[-1] * np.array(sizes) / sizes[-1]
         axes.plot(sizes, proportional, "--", color="#7F7F7F", label="proportional to the last")
         axes.set(xscale="log", yscale="log", xlabel=SAID[size], ylabel="seconds (median, min to max)")
         axes.set_xticks(sizes, [f"{n:,}" for n in sizes])
         axes.minorticks_off()
-        ticks = [t for t in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if min(proportional.min(), low.min()) / 2 < t < 2 * high.max()]
+        ticks = [
+            t
+            for t in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
+            if min(proportional.min(), low.min()) / 2 < t < 2 * high.max()
+        ]
         axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
         told = {of: "{median:.2f} ({low:.2f} to {high:.2f})".format_map(numbers) for of, numbers in fitted.items()}
         axes.set_title(f"Exponent {told['all']}\nlast two sizes {told['last']}")
@@ -96,8 +102,13 @@ def main(arguments: Sequence[str]) -> None:
         seconds_RS = timed([replace(base, **{size: n}) for n in sizes], asked.rounds)
         fitted = exponents(sizes, seconds_RS)
         result["sizes"][size] = {"values": sizes, "seconds": seconds_RS.tolist(), "exponent": fitted}
-        note = f"embedded, 4 questions x 3 experts x 8, 64 tokens but for what is varied; {asked.rounds} rounds in turns, {asked.threads} threads"
-        print(figures.save(picture(size, sizes, seconds_RS, fitted, note), asked.out / f"cost-{size}"), fitted["all"], flush=True)
+        note = "embedded, 4 questions x 3 experts x 8 of 64 tokens, one of them varied; "
+        note += f"{asked.rounds} rounds in turns, {asked.threads} threads"
+        print(
+            figures.save(picture(size, sizes, seconds_RS, fitted, note), asked.out / f"cost-{size}"),
+            fitted["all"],
+            flush=True,
+        )
 
     three, one = base, replace(base, experts=1)
     seconds_RS = timed([three, one, replace(one, group=3 * base.group)], asked.rounds)

@@ -42,7 +42,9 @@ class Shape:
         heads = config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // heads
         key = size * config.num_key_value_heads
-        return cls(config.num_hidden_layers, config.hidden_size, size * heads, key, config.intermediate_size, config.vocab_size)
+        return cls(
+            config.num_hidden_layers, config.hidden_size, size * heads, key, config.intermediate_size, config.vocab_size
+        )
 
     @property
     def body(self) -> int:
@@ -74,7 +76,9 @@ def sampling_flops(shape: Shape, rows: Rows) -> int:
     """Floating-point operations of sampling these answers, each unique prompt run once."""
     prefill = sum(shape.forward(0, len(prompt), heads=1) for prompt in rows)
     return prefill + sum(
-        shape.forward(len(prompt), len(prompt) + answer - 1, heads=answer - 1) for prompt, answers in rows.items() for answer in answers
+        shape.forward(len(prompt), len(prompt) + answer - 1, heads=answer - 1)
+        for prompt, answers in rows.items()
+        for answer in answers
     )
 
 

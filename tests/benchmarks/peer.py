@@ -8,14 +8,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from datasets import Dataset
+from limits import synchronise
 from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
-
-from limits import synchronise
-from meml_lib.training.policy import Policy
 from workload import Timed, Work
+
+from meml_lib.training.policy import Policy
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 

@@ -56,18 +56,30 @@ def gradient_error(work: Work) -> dict[str, float]:
     rewards_BEG = work.mixed_rewards()
 
     trl = peer.trainer(
-        work, model, prompts, lambda: rewards_BEG.ravel().astype(float).tolist(), steps=1, checkpointing=False, max_grad_norm=None
+        work,
+        model,
+        prompts,
+        lambda: rewards_BEG.ravel().astype(float).tolist(),
+        steps=1,
+        checkpointing=False,
+        max_grad_norm=None,
     )
     theirs = _gradient(trl.train, model.model)
     peer.check_sampled(trl, work, prompts)
-
     answers = iter(trl.sampled["completion_ids"].tolist())
+    del trl, model
+    free(work.device)
+
     logp = (0.0,) * work.tokens
     rollouts_BEG = [
         [[Rollout(tuple(next(answers)), logp, 0.0, True) for _ in range(work.group)] for _ in row] for row in prompts_BE
     ]
     p = work.values("signed")
-    ties = torch.zeros(work.questions, work.experts), torch.zeros(work.questions, work.experts), torch.zeros(work.questions)
+    ties = (
+        torch.zeros(work.questions, work.experts),
+        torch.zeros(work.questions, work.experts),
+        torch.zeros(work.questions),
+    )
     parts = losses.on_rollouts(p.riel.objective, torch.from_numpy(rewards_BEG).float(), rollouts_BEG, prompts_BE, ties)
     learner = Learner(
         learned,
@@ -79,9 +91,9 @@ def gradient_error(work: Work) -> dict[str, float]:
     )
     ours = _gradient(lambda: learner.update(parts), learned.model)
     return {
-        "relative_error": ((theirs - ours).norm() / ours.norm()).item(),
-        "norm_trl": theirs.norm().item(),
-        "norm_ours": ours.norm().item(),
+        "relative_error": (_norm(theirs - ours) / _norm(ours)),
+        "norm_trl": _norm(theirs),
+        "norm_ours": _norm(ours),
         "rows": work.rows,
         "answer_tokens": work.tokens,
         "bound": AGREE,
@@ -93,14 +105,26 @@ def _gradient(step, model: torch.nn.Module) -> torch.Tensor:
     given: dict[int, torch.Tensor] = {}
 
     def note(optimizer, *_):
-        given.update({id(w): w.grad.detach().clone() for group in optimizer.param_groups for w in group["params"]})
+        weights = (weight for group in optimizer.param_groups for weight in group["params"])
+        given.update({id(weight): weight.grad.detach().to("cpu", copy=True) for weight in weights})
 
     handle = register_optimizer_step_pre_hook(note)
     try:
         step()
     finally:
         handle.remove()
-    return torch.cat([given[id(weight)].double().flatten().cpu() for weight in model.parameters()])
+    return torch.cat([given[id(weight)].flatten() for weight in model.parameters()])
+
+
+def _norm(vector: torch.Tensor) -> float:
+    return torch.linalg.vector_norm(vector, dtype=torch.float64).item()
+
+
+def free(device: str) -> None:
+    """Give back what is no longer used: a trainer is held by cycles, and CUDA's memory by torch's cache."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 # --- seconds ----------------------------------------------------------------------------------------------------------
@@ -109,8 +133,10 @@ def _gradient(step, model: torch.nn.Module) -> torch.Tensor:
 def timed_pairs(work: Work, success: Sequence[float], pairs: int, passes: int) -> tuple[list[dict], list[dict]]:
     """Time TRL's step and ours in turns; the first round, which warms up, is left out.
 
-    In odd rounds ours go before TRL's. Returns: one row a step (round, success, who, sampling, scoring, update, cpu, total:
-    seconds); one row a round: the machine's rates just before it.
+    In odd rounds ours go before TRL's.
+
+    Returns: one row a step (round, success, who; sampling, scoring, update, cpu, total: seconds); one row a round: the
+      machine's rates just before it.
     """
     import peer
 
@@ -173,7 +199,8 @@ def summary(steps: pd.DataFrame, work: Work) -> dict:
         for arm in ARMS:
             ours = here[here["who"] == arm]
             entries[arm]["trl_over_ours"] = {
-                phase: median((trl[phase] / ours[phase]).dropna().to_numpy()) for phase in ("sampling", "update", "total", "cpu")
+                phase: median((trl[phase] / ours[phase]).dropna().to_numpy())
+                for phase in ("sampling", "update", "total", "cpu")
             }
     return found
 
@@ -227,17 +254,19 @@ def shares(found: Mapping, rates: Sequence[Mapping], work: Work) -> dict:
 
 
 def peak_above_model(work: Work, who: str, success: Sequence[float], passes: int) -> dict:
-    """Peak memory of two steps above the loaded model, in MiB. To be called in a fresh process."""
+    """Peak memory above the loaded model, in MiB: of two steps of TRL's, or two of ours at every success rate.
+
+    To be called in a fresh process.
+    """
     import peer
 
     learned = work.policy()
-    for _ in range(2):
-        gc.collect()
+    free(work.device)
     before = _memory(work.device, start=True)
     if who in ARMS:
         ours = Ours(work, learned, [who])
-        for step in range(2):
-            ours.step(who, success[step % len(success)])
+        for rate in (*success, *success):
+            ours.step(who, rate)
     else:
         prompts = [prompt for row in work.prompts_BE(learned) for prompt in row]
         trainer = peer.trainer(
@@ -270,7 +299,9 @@ def memory_of_each(arguments: Sequence[str]) -> dict:
     """`peak_above_model` of each, in a process of its own."""
     found = {}
     for who in MEMORY:
-        done = subprocess.run([sys.executable, __file__, *arguments, "--memory-of", who], stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, __file__, *arguments, "--memory-of", who], stdout=subprocess.PIPE, text=True, check=True
+        )
         found[who] = json.loads(done.stdout.splitlines()[-1])
         print(f"memory, {who}: {found[who]}", flush=True)
     for arm in ARMS:
@@ -300,10 +331,12 @@ def picture(found: Mapping, note: str) -> figures.Picture:
         for k, who in enumerate(whos):
             mine = data[data["who"] == who].set_index("success").loc[rates]
             bottom = np.zeros(len(rates))
-            for colour, hatch, phase in zip(figures.COLOURS, figures.HATCHES, PHASES):
+            for colour, hatch, phase in zip(figures.COLOURS[:3], figures.HATCHES, PHASES, strict=True):
                 at = np.arange(len(rates)) + 0.27 * (k - 1)
                 label = phase if k == 0 else None
-                stacked.bar(at, mine[phase], 0.24, bottom=bottom, color=colour, hatch=hatch, edgecolor="white", label=label)
+                stacked.bar(
+                    at, mine[phase], 0.24, bottom=bottom, color=colour, hatch=hatch, edgecolor="white", label=label
+                )
                 bottom += mine[phase].to_numpy()
             for at, height in enumerate(bottom):
                 stacked.annotate(LABELS[who].removeprefix("ours, "), (at + 0.27 * (k - 1), height), (0, 2),
@@ -311,15 +344,27 @@ def picture(found: Mapping, note: str) -> figures.Picture:
         stacked.set(title="A step, seconds (medians)", ylabel="seconds", ylim=(0, stacked.get_ylim()[1] * 1.05))
         stacked.legend(loc="upper left", bbox_to_anchor=(0, -0.12), ncols=3)
         looks = figures.looks(["whole step, MEML", "whole step, signed", "sampling", "update, MEML", "update, signed"])
-        drawn = [("meml", "total"), ("signed", "total"), ("signed", "sampling"), ("meml", "update"), ("signed", "update")]
+        drawn = [
+            ("meml", "total"),
+            ("signed", "total"),
+            ("signed", "sampling"),
+            ("meml", "update"),
+            ("signed", "update"),
+        ]
         for k, ((arm, phase), (name, look)) in enumerate(zip(drawn, looks.items(), strict=True)):
             mine = data[data["who"] == arm].set_index("success").loc[rates]
             middle, low, high = (mine[f"ratio_{phase}_{of}"] for of in ("median", "low", "high"))
             at = np.arange(len(rates)) + 0.12 * (k - 2)
-            ratios.errorbar(at, middle, [middle - low, high - middle], fmt=look.marker, color=look.color, label=name, capsize=2)
+            ratios.errorbar(
+                at, middle, [middle - low, high - middle], fmt=look.marker, color=look.color, label=name, capsize=2
+            )
         ratios.axhline(1, color="#222222", linewidth=0.8)
         ratios.set(title="TRL's seconds / ours (95 % interval)", ylabel="times", yscale="log")
-        ticks = [t for t in (0.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256) if t < 1.2 * np.nanmax(data.filter(like="_high"))]
+        ticks = [
+            t
+            for t in (0.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256)
+            if t < 1.2 * np.nanmax(data.filter(like="_high"))
+        ]
         ratios.set_yticks(ticks, [f"{t:g}" for t in ticks])
         ratios.minorticks_off()
         ratios.legend(loc="upper left", bbox_to_anchor=(0, -0.12), ncols=3)
@@ -349,9 +394,16 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 for embedded, else bfloat16")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--layers", type=int, help="of a shape: fewer than its own, to rehearse")
-    parser.add_argument("--passes", type=int, default=1, help="TRL: forward and backward passes a step; 1 where memory allows")
+    parser.add_argument(
+        "--passes", type=int, default=1, help="TRL: forward and backward passes a step; 1 where memory allows"
+    )
+    parser.add_argument(
+        "--micro-batch-tokens", type=int, help="ours: of a forward and backward pass; default: the hardware preset's"
+    )
     parser.add_argument("--out", type=Path, default=Path("reports/speed"))
-    parser.add_argument("--no-memory", action="store_true", help="leave peak memory out: four processes, two steps each")
+    parser.add_argument(
+        "--no-memory", action="store_true", help="leave peak memory out: four processes, two steps each"
+    )
     parser.add_argument("--memory-of", choices=MEMORY, help="only measure this one's peak memory, in this process")
     return parser.parse_args(arguments)
 
@@ -362,7 +414,18 @@ def main(arguments: Sequence[str]) -> None:
     questions, panel = map(int, asked.prompts.split("x"))
     success = [float(rate) for rate in asked.success.split(",")]
     dtype = asked.dtype or ("float32" if asked.model == "embedded" else "bfloat16")
-    work = Work(asked.model, questions, panel, asked.group, asked.tokens, asked.device, dtype, asked.threads, asked.layers)
+    work = Work(
+        asked.model,
+        questions,
+        panel,
+        asked.group,
+        asked.tokens,
+        asked.device,
+        dtype,
+        asked.threads,
+        micro_batch_tokens=asked.micro_batch_tokens,
+        layers=asked.layers,
+    )
     if asked.memory_of:
         print(json.dumps(peak_above_model(work, asked.memory_of, success, asked.passes)))
         return
@@ -372,11 +435,13 @@ def main(arguments: Sequence[str]) -> None:
     print(f"gradients: {agreement}", flush=True)
     if not agreement["relative_error"] < AGREE:
         raise SystemExit(f"TRL and ours do not compute the same gradient ({agreement}): their speed cannot be compared")
+    free(work.device)
     memory = None if asked.no_memory else memory_of_each(arguments)
     steps, rates = timed_pairs(work, success, asked.pairs, asked.passes)
     found = summary(pd.DataFrame(steps), work)
     result = {
-        "work": asdict(work) | {"rows": work.rows, "success": success, "trl_passes": asked.passes, "pairs": asked.pairs},
+        "work": asdict(work)
+        | {"rows": work.rows, "success": success, "trl_passes": asked.passes, "pairs": asked.pairs},
         "gradient": agreement,
         "by_success": found,
         "limit": shares(found, rates, work),
@@ -389,8 +454,9 @@ def main(arguments: Sequence[str]) -> None:
     with runs.atomic(stem.with_suffix(".json")) as file:
         file.write_text(json.dumps(result, indent=1) + "\n")
     note = (
-        f"{work.model}, {dtype}, {work.device}, {asked.threads} threads; {questions} questions x {panel} experts x {work.group}, forced "
-        f"{work.tokens} tokens; {asked.pairs} pairs in turns, one process; TRL {result['manifest']['packages']['trl']} without checkpointing"
+        f"{work.model}, {dtype}, {work.device}, {asked.threads} threads; {questions} questions x {panel} experts x "
+        f"{work.group}, forced {work.tokens} tokens; {asked.pairs} pairs in turns, one process; "
+        f"TRL {result['manifest']['packages']['trl']} without checkpointing"
     )
     print(figures.save(picture(found, note), stem))
 

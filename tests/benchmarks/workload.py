@@ -15,22 +15,34 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-
 from limits import synchronise
+
 from meml_lib import config, experts, tasks
 from meml_lib.rollouts import Rollout, native
 from meml_lib.training import losses, policy, riel, stage
 
 SHAPES = {  # public configs; weights drawn at random
     "smollm2-shape": {
-        "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-        "num_key_value_heads": 3, "vocab_size": 49152, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
+        "model_type": "llama",
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
     },
     "qwen2.5-1.5b-shape": {
-        "model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
-        "num_key_value_heads": 2, "vocab_size": 151936, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        "model_type": "qwen2",
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     },
-}  # fmt: skip
+}
 MODELS = ("embedded", "smollm2", *SHAPES)
 PARTS = ("base.yaml", "tasks/wordproblems.yaml", "experts/wordproblems.yaml")
 ARMS = {"meml": (), "signed": ("objectives/dr-grpo.yaml",)}
@@ -52,6 +64,8 @@ class Work:
     device: str
     dtype: str
     threads: int
+    micro_batch_tokens: int | None = None
+    """Of ours; None: as the hardware preset has it."""
     layers: int | None = None
     """Of a shape, where fewer than its own are wanted."""
     vocabulary: int | None = None
@@ -65,7 +79,12 @@ class Work:
     def values(self, arm: str) -> config.Run:
         """The values of a run whose every step is this work."""
         model = {"embedded": "embedded", "smollm2": "smollm2-135m"}.get(self.model, "embedded")
-        uses = [*PARTS, f"models/{model}.yaml", f"hardware/{'gpu1' if self.device == 'cuda' else 'cpu2'}.yaml", *ARMS[arm]]
+        uses = [
+            *PARTS,
+            f"models/{model}.yaml",
+            f"hardware/{'gpu1' if self.device == 'cuda' else 'cpu2'}.yaml",
+            *ARMS[arm],
+        ]
         overrides = {
             "seed": self.seed,
             "model.dtype": self.dtype,
@@ -76,6 +95,8 @@ class Work:
             "riel.rollouts_per_expert": self.group,
             "evaluate.validation_questions": 1,  # never asked; base.yaml's are more than the task has
         }
+        if self.micro_batch_tokens is not None:
+            overrides["hardware.micro_batch_tokens"] = self.micro_batch_tokens
         if self.model == "embedded":
             overrides["model.max_positions"] = 256 + self.tokens
         if not ARMS[arm]:
@@ -89,7 +110,10 @@ class Work:
     def panel(self) -> experts.Panel:
         """The task's experts; more of them are told by their number alone."""
         named = experts.load_panel(self.values("meml").experts)
-        more = (experts.Expert(f"more{i}", f"you are expert {i} : story", named[0].teacher) for i in itertools.count(len(named)))
+        more = (
+            experts.Expert(f"more{i}", f"you are expert {i} : story", named[0].teacher)
+            for i in itertools.count(len(named))
+        )
         return experts.Panel(itertools.islice(itertools.chain(named, more), self.experts))
 
     def policy(self) -> policy.Policy:
@@ -111,7 +135,9 @@ class Work:
 
     def prompts_BE(self, learned: policy.Policy) -> list[list[tuple[int, ...]]]:
         """What the policy is asked, by question and expert."""
-        return [[learned.prompt_ids(expert.system, question.text) for expert in self.panel()] for question in self.asked()]
+        return [
+            [learned.prompt_ids(expert.system, question.text) for expert in self.panel()] for question in self.asked()
+        ]
 
     @staticmethod
     def end_id(learned: policy.Policy) -> int:
@@ -142,7 +168,11 @@ def _random(shape: Mapping, work: Work, words: Sequence[str]) -> policy.Policy:
     sizes = dict(shape) | ({"num_hidden_layers": work.layers} if work.layers else {})
     tokenizer = policy.word_tokenizer(_padded(words, sizes["vocab_size"]))
     values = AutoConfig.for_model(
-        **sizes, tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        **sizes,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(work.seed)
     with torch.device(work.device):
@@ -175,7 +205,7 @@ class Timed:
 
     sampling: float
     scoring: float
-    """Between sampling and update: reading and grading answers, rewards, advantages, a second pass where there is one."""
+    """Between sampling and update: reading and grading answers, rewards, advantages, a second pass if there is one."""
     update: float
     cpu: float
     """Of the whole step, all threads together: other load on the machine changes it little."""
@@ -227,12 +257,16 @@ def forced_length() -> Iterator[list[float]]:
         native.sample = plain
 
 
-def trained_rows(work: Work, arm: str, success: float, prompts_BE: Sequence[Sequence[tuple[int, ...]]]) -> dict[tuple[int, ...], list[int]]:
+def trained_rows(
+    work: Work, arm: str, success: float, prompts_BE: Sequence[Sequence[tuple[int, ...]]]
+) -> dict[tuple[int, ...], list[int]]:
     """Answer lengths, by prompt, of the rows that count in an arm's update; by `losses.on_rollouts` itself."""
     rewards_BEG = torch.from_numpy(work.rewards(success)).float()
     some = Rollout((0,) * work.tokens, (0.0,) * work.tokens, 0.0, True)
     rollouts_BEG = [[[some] * work.group for _ in row] for row in prompts_BE]
-    ties_BE = torch.rand(work.questions, work.experts, dtype=torch.float64, generator=torch.Generator().manual_seed(work.seed))
+    ties_BE = torch.rand(
+        work.questions, work.experts, dtype=torch.float64, generator=torch.Generator().manual_seed(work.seed)
+    )
     experts_B = riel.best_and_worst(rewards_BEG, ties_BE)
     parts = losses.on_rollouts(work.values(arm).riel.objective, rewards_BEG, rollouts_BEG, prompts_BE, experts_B)
     rows: dict[tuple[int, ...], list[int]] = {}
