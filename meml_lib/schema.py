@@ -354,7 +354,9 @@ class SamplingParams(Section):
     max_answer_tokens: PositiveInt
     """An answer that has not ended by then is truncated. Paper: not given."""
     rows_per_batch: PositiveInt
-    """Rollouts that are decoded side by side; bounds memory, changes no draw."""
+    """Rollouts that are decoded side by side; bounds memory, changes no draw of the native engine."""
+    engine: Literal["native", "vllm"] = "native"
+    """vllm: optional package; draws from the same distribution, but other answers than native's."""
 
 
 class OptimizerParams(Section):
@@ -595,6 +597,8 @@ class RunParams(Section):
         asked, processes = self.riel.questions_per_step, self.hardware.processes
         if asked < processes:
             raise ValueError(f"riel.questions_per_step={asked} must be >= hardware.processes={processes}")
+        if self.sampling.engine == "vllm" and processes > 1:
+            raise ValueError(f"sampling.engine=vllm needs hardware.processes=1, not {processes}; use native")
         return self
 
     @model_validator(mode="after")
