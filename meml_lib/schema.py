@@ -597,8 +597,9 @@ class RunParams(Section):
         asked, processes = self.riel.questions_per_step, self.hardware.processes
         if asked < processes:
             raise ValueError(f"riel.questions_per_step={asked} must be >= hardware.processes={processes}")
-        if self.sampling.engine == "vllm" and processes > 1:
-            raise ValueError(f"sampling.engine=vllm needs hardware.processes=1, not {processes}; use native")
+        if self.sampling.engine == "vllm" and (processes > 1 or self.hardware.accelerate_config):
+            alone = "hardware.processes=1 and accelerate_config=null"
+            raise ValueError(f"sampling.engine=vllm runs inside one process: set {alone}, or take native")
         return self
 
     @model_validator(mode="after")

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,8 +24,8 @@ from meml_lib.rollouts import Rollout, check
 if TYPE_CHECKING:
     from vllm import LLM
 
-_PROMPT_TOKENS = 512  # for which the cache has room beside each answer; where prompts are longer, fewer rows run at once
-_POSITIONS = 8192  # by which the longest text that an engine takes is widened
+PROMPT_TOKENS = 512  # for which the cache has room beside each answer; where prompts are longer, fewer rows run at once
+POSITIONS = 8192  # by which the longest text that an engine takes is widened
 # Read when vLLM is imported: in this process, quiet, without reports of use.
 _SETTINGS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
 
@@ -69,11 +69,21 @@ def sample(
     longest = max(map(len, prompts)) + max_answer_tokens
     with torch.random.fork_rng():  # vLLM seeds torch's own generator, and reads it
         engine = _engine(_config(model), str(model.dtype).removeprefix("torch."), model.device.type, rows_per_batch,
-                         max_answer_tokens, -(-longest // _POSITIONS) * _POSITIONS)  # fmt: skip
+                         max_answer_tokens, -(-longest // POSITIONS) * POSITIONS)  # fmt: skip
         engine.collective_rpc("reload_weights", kwargs={"weights_iterator": _weights(model)})
         engine.reset_prefix_cache()  # of the weights before
         told = engine.generate([{"prompt_token_ids": list(p)} for p in prompts], asked, use_tqdm=False)
     return [_rollout(request.outputs[0]) for request in told]
+
+
+def cache_bytes(config: Mapping[str, Any], rows: int, answer_tokens: int, positions: int, itemsize: int) -> int:
+    """What an engine keeps for keys and values: of `rows` answers, and of one text of `positions` tokens at least.
+
+    Args: config: a model's config.json. itemsize: bytes of a number.
+    """
+    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    tokens = max(positions, rows * min(positions, PROMPT_TOKENS + answer_tokens))
+    return tokens * config["num_hidden_layers"] * 2 * config["num_key_value_heads"] * head * itemsize
 
 
 def _rollout(answer) -> Rollout:
@@ -112,10 +122,8 @@ def _start(config: str, dtype: str, device: str, rows: int, answer_tokens: int, 
     """An engine without weights. On CUDA never run by us."""
     from vllm import LLM
 
-    known = json.loads(config)
+    known, itemsize = json.loads(config), getattr(torch, dtype).itemsize
     positions = min(positions, known["max_position_embeddings"])
-    head = known.get("head_dim") or known["hidden_size"] // known["num_attention_heads"]
-    token = known["num_hidden_layers"] * 2 * known["num_key_value_heads"] * head * getattr(torch, dtype).itemsize
     threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
     with tempfile.TemporaryDirectory(prefix="meml-") as folder:
         (Path(folder) / "config.json").write_text(config)
@@ -128,7 +136,7 @@ def _start(config: str, dtype: str, device: str, rows: int, answer_tokens: int, 
             dtype=dtype,
             max_model_len=positions,
             max_num_seqs=rows,
-            kv_cache_memory_bytes=max(positions, rows * (_PROMPT_TOKENS + answer_tokens)) * token,
+            kv_cache_memory_bytes=cache_bytes(known, rows, answer_tokens, positions, itemsize),
             enforce_eager=device == "cpu",
         )
     torch.set_num_threads = set_num_threads  # vLLM makes it do nothing, or leaves 1, for the whole process
