@@ -356,7 +356,7 @@ class SamplingParams(Section):
     rows_per_batch: PositiveInt
     """Rollouts that are decoded side by side; bounds memory, changes no draw of the native engine."""
     engine: Literal["native", "vllm"] = "native"
-    """vllm: optional package; draws from the same distribution, but other answers than native's."""
+    """vllm: an optional package; other draws of the same distribution, and no entropy."""
 
 
 class OptimizerParams(Section):

@@ -10,7 +10,12 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
+from meml_lib import config
+from meml_lib.analysis import figures
+from meml_lib.pipeline import launch, watch
 from meml_lib.rollouts import native, uniforms, vllm
+from meml_lib.runs import RunFolder
+from meml_lib.training import dryrun
 from meml_lib.training.policy import Row
 
 NEEDS_VLLM = pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed here")
@@ -227,3 +232,47 @@ def test_uniforms_depend_on_every_part_of_the_key():
     draws = [uniforms(*key, count=4).tolist() for key in keys]
     assert len({tuple(d) for d in draws}) == len(keys)
     assert draws[0] == uniforms(*keys[0], count=4).tolist()
+
+
+# --- vLLM, where it is not installed ----------------------------------------------------------------------------------
+
+
+def test_vllm_is_refused_before_any_work_where_it_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setattr(watch, "find_spec", lambda name: None)
+    p = config.load_run("params/smoke.yaml", ["sampling.engine=vllm"], run_dir=tmp_path / "run")
+    with pytest.raises(config.ParamsError, match=r"sampling.engine \(override\): vllm is not installed here: make vllm"):
+        launch.train("mef", p)
+    assert not p.folder("mef").exists()
+    watch.check_packages(config.load_run("params/smoke.yaml"))
+
+
+def test_vllm_is_refused_beside_other_processes():
+    with pytest.raises(config.ParamsError, match="sampling.engine=vllm runs inside one process"):
+        config.load_run("params/smoke.yaml", ["sampling.engine=vllm", "hardware.processes=2"])
+
+
+def test_a_dry_run_counts_what_vllm_holds():
+    runs = [config.load_run("params/smoke.yaml", {"sampling.engine": engine}) for engine in ("native", "vllm")]
+    (native_parts, _), (parts, most) = (dryrun.memory(p, dryrun.empty_model(p)) for p in runs)
+    held = {name: size for name, size, _ in parts}
+    model, c = dryrun.empty_model(runs[1]), dryrun.empty_model(runs[1]).config
+    answer, rows = runs[1].sampling.max_answer_tokens, runs[1].sampling.rows_per_batch
+    tokens = rows * min(c.max_position_embeddings, 512 + answer)
+    kept = tokens * c.num_hidden_layers * 2 * c.hidden_size * 4
+    assert held["vLLM"] == (model.num_parameters() + c.vocab_size * c.hidden_size) * 4 + kept
+    assert "or: sampling" not in held and "or: sampling" in {name for name, _, _ in native_parts}
+    assert most == sum(held[n] for n in ("weights", "gradients", "moments", "vLLM")) + max(held["or: a pass"], held["or: an update"])
+
+
+@NEEDS_VLLM
+def test_both_stages_run_with_vllm_and_stage_2_once_more_alike(tmp_path, monkeypatch):
+    small = ["sampling.engine=vllm", "mef.steps=3", "mef.epochs=null", "riel.steps=2"]
+    tables = []
+    for name in ("first", "again"):
+        p = config.load_run("params/smoke.yaml", small, run_dir=tmp_path / name)
+        launch.train("mef", p)
+        metrics = launch.train("riel", p)
+        assert metrics["entropy"].isna().all()
+        figures.curves(metrics)
+        tables.append(RunFolder(p.folder("riel")).read_table("rollouts"))
+    assert tables[0].equals(tables[1])

@@ -1,7 +1,7 @@
 """Sampling by vLLM, an optional package (`make vllm`), inside the trainer's process; the weights are handed over anew.
 
 What differs from the native engine: a draw keeps to its key, but is another one (the first of a key's numbers seeds a
-generator of vLLM's); rounding makes it depend on which rows were decoded beside it; entropies are not told.
+generator of vLLM's); rounding may change it with the rows decoded beside it; entropies are not told.
 """
 
 from __future__ import annotations
@@ -135,6 +135,8 @@ def _start(config: str, dtype: str, device: str, rows: int, answer_tokens: int, 
             logprobs_mode="raw_logprobs",  # at temperature 1, before top_p
             dtype=dtype,
             max_model_len=positions,
+            max_num_batched_tokens=positions,
+            enable_chunked_prefill=False,  # a prompt in pieces would need what a CPU's generators lack
             max_num_seqs=rows,
             kv_cache_memory_bytes=cache_bytes(known, rows, answer_tokens, positions, itemsize),
             enforce_eager=device == "cpu",
