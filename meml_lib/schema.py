@@ -354,7 +354,9 @@ class SamplingParams(Section):
     max_answer_tokens: PositiveInt
     """An answer that has not ended by then is truncated. Paper: not given."""
     rows_per_batch: PositiveInt
-    """Rollouts that are decoded side by side; bounds memory, changes no draw."""
+    """Rollouts that are decoded side by side; bounds memory, changes no draw of the native engine."""
+    engine: Literal["native", "vllm"] = "native"
+    """vllm: an optional package; other draws of the same distribution, and no entropy."""
 
 
 class OptimizerParams(Section):
@@ -597,6 +599,9 @@ class RunParams(Section):
         asked, processes = self.riel.questions_per_step, self.hardware.processes
         if asked < processes:
             raise ValueError(f"riel.questions_per_step={asked} must be >= hardware.processes={processes}")
+        if self.sampling.engine == "vllm" and (processes > 1 or self.hardware.accelerate_config):
+            alone = "hardware.processes=1 and accelerate_config=null"
+            raise ValueError(f"sampling.engine=vllm runs inside one process: set {alone}, or take native")
         return self
 
     @model_validator(mode="after")

@@ -141,7 +141,7 @@ def test_chance_seldom_calls_a_rising_reward_flat():
     assert sum(bool(signs.replay(run, riel())) for run in flat) >= 65
 
 
-@pytest.mark.parametrize("other", [{"groups_mixed": 0.6}, {"entropy": 0.04}])
+@pytest.mark.parametrize("other", [{"groups_mixed": 0.6}, {"entropy": 0.04}, {"entropy": None}])
 def test_too_little_diversity_needs_groups_that_agree_and_a_policy_with_little_choice(other):
     [sign] = signs.replay(records(reward=0.5, **SAME | other), riel())
     assert sign.step == 106 and "no cause" in sign.seen  # 0.04 x 20 tokens = 0.8 nats: more than two answers

@@ -100,14 +100,14 @@ def _reward_flat(records: Sequence[Record], riel: RielParams) -> Sign | None:
     if done < EARLY or rise > 0 or rise + 2 * error > WORTH or fmean(now) > HIGH:
         return None
     unsolved, mixed = _mean(recent, "questions_all_wrong"), _mean(recent, "groups_mixed")
-    nats = fmean(record["entropy"] * record["answer_tokens"] for record in recent)
+    nats = [record["entropy"] * record["answer_tokens"] for record in recent if record["entropy"] is not None]
     seen = f"reward {fmean(before):.2f} in the first {third} steps, {fmean(now):.2f} in the last {third}; "
     if unsolved > MOST:
         seen += f"all experts fail on {unsolved:.0%} of the questions"
         advice = f"easier questions, {LONGER}, or answers to learn hard ones from (`{BUFFER}`, its `{BUFFER}.capacity`)"
         return Sign("reward does not rise", step, seen, "Reward and Groups of rollouts", advice)
-    if 1 - mixed > MOST and nats < ONE_ANSWER:
-        seen += f"{1 - mixed:.0%} of the groups agree, with {nats:.2f} nats of choice in an answer"
+    if 1 - mixed > MOST and nats and fmean(nats) < ONE_ANSWER:
+        seen += f"{1 - mixed:.0%} of the groups agree, with {fmean(nats):.2f} nats of choice in an answer"
         advice = "a higher `sampling.temperature`, more `riel.rollouts_per_expert`, an `experts.panel` that errs apart"
         return Sign("reward does not rise", step, seen, "Reward and Entropy of the policy", advice)
     if done < LATE:

@@ -206,7 +206,7 @@ def run(study: config.Study, at_once: int | None, say: Callable[[str], None]) ->
     if missing:
         raise config.ParamsError(f"{', '.join(missing)} missing in {config.root()}: work in a checkout of the project")
     for arm in study.arms:
-        watch.check_trackers(study.run(arm, study.seeds[0]))
+        watch.check_packages(study.run(arm, study.seeds[0]))
     with runs.locked(study.folder / ".lock", f"study {study.name}", wait_s=2.0):
         parts = {name: job.parts() for name, job in made.items()}
         described = [asdict(job) | {"key": keys.key(parts[job.name])} for job in made.values()]

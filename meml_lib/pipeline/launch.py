@@ -44,7 +44,7 @@ def train(stage: config.Stage, p: config.Run) -> pd.DataFrame:
 
     Raises: whatever the training raises; FileNotFoundError or RuntimeError where stage 2 finds no fitting stage 1.
     """
-    watch.check_trackers(p)
+    watch.check_packages(p)
     folder = RunFolder(p.folder(stage))
     with runs.locked(folder.path.parent / f".{folder.path.name}.lock", str(folder.path), wait_s=math.inf):
         if stage == "riel":

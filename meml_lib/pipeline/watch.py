@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,8 +137,12 @@ class _Running:
         return f"step {step}/{steps}" if steps else f"step {step}", *rate
 
 
-def check_trackers(p: config.Run) -> None:
-    """Raises: config.ParamsError for a tracker that is not installed: accelerate would leave it out silently."""
+def check_packages(p: config.Run) -> None:
+    """Raises: config.ParamsError for an engine or a tracker that is not installed; accelerate would leave the tracker out."""
+    if p.sampling.engine == "vllm" and find_spec("vllm") is None:
+        place = p.sources.get("sampling.engine", "default")
+        todo = "make vllm, then .venv-vllm/bin/meml instead of meml; or sampling.engine=native"
+        raise config.ParamsError(f"sampling.engine ({place}): vllm is not installed here: {todo}")
     for name, version in runs.versions(p.tracking.trackers).items():
         if version is None:
             place = p.sources.get("tracking.trackers", "default")

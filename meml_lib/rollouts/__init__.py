@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -16,10 +17,18 @@ class Rollout:
     """Token ids; the end token is the last one where `ended`."""
     logp: tuple[float, ...]
     """Natural log-probability of each token under the policy at temperature 1, whatever temperature drew it."""
-    entropy: float
-    """Mean over the tokens of the policy's entropy at temperature 1, in nats."""
+    entropy: float | None
+    """Mean over the tokens of the policy's entropy at temperature 1, in nats; None: the engine does not tell."""
     ended: bool
     """False: truncated at the most tokens an answer may have."""
+
+
+def check(prompts: Sequence[Sequence[int]], uniform_NT: np.ndarray, max_answer_tokens: int) -> None:
+    """Raises: ValueError for an empty prompt or a uniform_NT of another shape than [N, max_answer_tokens]."""
+    if any(not prompt for prompt in prompts):
+        raise ValueError(f"prompt {[len(prompt) for prompt in prompts].index(0)} is empty; it needs at least 1 token")
+    if uniform_NT.shape != (len(prompts), max_answer_tokens):
+        raise ValueError(f"uniform_NT has shape {uniform_NT.shape}, want {(len(prompts), max_answer_tokens)}")
 
 
 def uniforms(*key: int | str, count: int) -> np.ndarray:

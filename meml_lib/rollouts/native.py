@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from meml_lib.rollouts import Rollout, decoder
+from meml_lib.rollouts import Rollout, check, decoder
 from meml_lib.rollouts.forward import Forward
 
 # CUDA's rows are looked at rarely, since looking is waiting, and leave rarely, since a graph is then recorded anew.
@@ -53,10 +53,7 @@ def sample(
     Returns: N rollouts, in the order of `prompts`.
     Raises: ValueError for an empty prompt or a uniform_NT of another shape.
     """
-    if any(not prompt for prompt in prompts):
-        raise ValueError(f"prompt {[len(prompt) for prompt in prompts].index(0)} is empty; it needs at least 1 token")
-    if uniform_NT.shape != (len(prompts), max_answer_tokens):
-        raise ValueError(f"uniform_NT has shape {uniform_NT.shape}, want {(len(prompts), max_answer_tokens)}")
+    check(prompts, uniform_NT, max_answer_tokens)
     if decoder.fits(model, max(map(len, prompts), default=0) + max_answer_tokens):
         engine, source = decoder.Decoder, decoder.Weights(model)
     else:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from meml_lib.experts import Expert
-from meml_lib.rollouts import Rollout, native, uniforms
+from meml_lib.rollouts import Rollout, native, uniforms, vllm
 from meml_lib.schema import SamplingParams
 from meml_lib.tasks import Question, Task
 from meml_lib.training.policy import Policy
@@ -67,8 +67,9 @@ def ask(
     else:
         uniform_NT = np.stack([uniforms(*key, *k, count=limit) for k in keys])
     policy.model.eval()
+    engine = {"native": native, "vllm": vllm}[sampling.engine]
     with span("sample"):
-        flat = native.sample(
+        flat = engine.sample(
             policy.model,
             [prompt for row in prompts_BE for prompt in row for _ in range(rollouts)],
             uniform_NT=uniform_NT,

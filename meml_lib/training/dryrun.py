@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from meml_lib import config, experts, schema, tasks
 from meml_lib.experts import Expert
-from meml_lib.rollouts import native
+from meml_lib.rollouts import native, vllm
 from meml_lib.training import evaluate, head, mef, policy
 
 PROMPT_TOKENS = 288
@@ -93,17 +93,24 @@ def memory(p: config.Run, model: PreTrainedModel) -> tuple[list[tuple[str, int, 
         ("gradients", count * size * (1 + parallel), f"parameters x {size} bytes{', and all-reduce buckets' * parallel}"),
         ("moments", count * 8, "parameters x 8 bytes: Adam's two, float32 (Muon: fewer)"),
     ]
-    turns = [
+    sampling = [
         ("or: sampling", cache, f"KV cache of {rows} rows x ({prompt} + {answer}) tokens x {layers} "
          f"layers x 2 x {c.num_key_value_heads} heads x {head_size} x {size} bytes"),
         ("", step, f"{fused:,} fused weights x {size} bytes; {rows} rows x {c.vocab_size:,} words x 2 x {size} bytes, "
          f"and 16 bytes of at most {native.CUDA_ENTRIES:,} at once"),
+    ]  # fmt: skip
+    if p.sampling.engine == "vllm":
+        sampling, tied = [], c.tie_word_embeddings * c.vocab_size * c.hidden_size
+        kept = vllm.cache_bytes(c.to_dict(), rows, answer, min(vllm.POSITIONS, c.max_position_embeddings), size)
+        stay.append(("vLLM", (count + tied) * size + kept, f"its weights; keys and values of {rows} rows x "
+                     f"({vllm.PROMPT_TOKENS} + {answer}) tokens at most: {_size(kept)}; without its draws"))  # fmt: skip
+    turns = [
         ("or: a pass", pass_bytes(model, at_once, prompt, answer), f"forward and backward of {at_once} answers x "
          f"{answer} tokens to a prompt of {prompt}, within 30 %"),
         ("or: an update", count * 4 * (1 + half), "the optimiser's float32 intermediates and gradients"),
     ]  # fmt: skip
-    largest = max(turns[0][1] + turns[1][1], turns[2][1], turns[3][1])
-    return [*(part for part in stay if part[1]), *turns], sum(part[1] for part in stay) + largest
+    largest = max(sum(part[1] for part in sampling), *(part[1] for part in turns))
+    return [*(part for part in stay if part[1]), *sampling, *turns], sum(part[1] for part in stay) + largest
 
 
 def pass_bytes(model: PreTrainedModel, answers: int, prompt_tokens: int, answer_tokens: int) -> int:

@@ -90,6 +90,7 @@ def train(p: RunParams, policy: Policy, learner: Learner, task: Task, panel: Seq
         spent["rollouts"] += len(rollouts)
         spent["ground_truth_items"] += len(ground_truth)
         spent["update_tokens"] += sum(gather_object([tokens_in_updates]))
+        entropies = [r.entropy for groups in asked.rollouts_BEG for rs in groups for r in rs if r.entropy is not None]
         metrics = {
             "step": step,
             **summary(rollouts, panel, group),
@@ -97,7 +98,7 @@ def train(p: RunParams, policy: Policy, learner: Learner, task: Task, panel: Seq
             **record,
             **{f"best/{e.name}": sum(b == i for b, _ in best_worst) for i, e in enumerate(panel)},
             **{f"worst/{e.name}": sum(w == i for _, w in best_worst) for i, e in enumerate(panel)},
-            "entropy": _mean([r.entropy for groups in asked.rollouts_BEG for rs in groups for r in rs]),
+            "entropy": _mean(entropies) if entropies else None,
             "buffer_size": len(buffer.held) if hard else 0,
             "buffer_flushes": flushes,
             **spent,
