@@ -11,6 +11,8 @@ import pytest
 
 from meml_lib import experts, schema, tasks
 
+collect_ignore = ["benchmarks"]  # test_benchmarks.py tests them; doctests would import trl, which only they need
+
 
 @pytest.fixture(scope="session")
 def task() -> tasks.Task:

@@ -181,7 +181,7 @@ def jobs(study: config.Study) -> dict[str, Job]:
                 more = {"stage": "riel", "parents": (stage1,)}
                 of_run(f"03_riel-{name}-seed-{seed}", "03_riel", name, seed, run, run.reads("riel"), **more)
     told = study.model_dump(mode="json", include=set(schema.StudyParams.model_fields))
-    told |= {"run": base.model_dump(mode="json", exclude={"hardware", "tracking", "collect"})}
+    told |= {"run": {name: value for name, value in base.values().items() if name not in ("hardware", "tracking", "collect")}}
     trained = tuple(name for name, job in made.items() if job.stage)
     add("04_ablations", "04_ablations", study.parameters(), told, base, parents=trained)
     report = str(study.folder / "report" / "report.html")
