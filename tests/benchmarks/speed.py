@@ -449,7 +449,8 @@ def main(arguments: Sequence[str]) -> None:
         "steps": steps,
         "manifest": manifest(load),
     }
-    stem = asked.out / f"{work.model}-{work.tokens}-tokens-{work.rows}-rows-{work.device}"
+    name = work.model.replace(".", "_")  # what follows a point would be taken for a suffix
+    stem = asked.out / f"{name}-{work.tokens}-tokens-{work.rows}-rows-{work.device}"
     asked.out.mkdir(parents=True, exist_ok=True)
     with runs.atomic(stem.with_suffix(".json")) as file:
         file.write_text(json.dumps(result, indent=1) + "\n")
