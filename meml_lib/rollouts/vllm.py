@@ -95,7 +95,7 @@ def _config(model: PreTrainedModel) -> str:
     """The model's config.json, by which vLLM builds its own."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     # A tied head is handed over as one of its own: on a CPU vLLM packs it, and would go on with the packed one.
-    own = {"architectures": [type(base).__name__], "tie_word_embeddings": False}
+    own = {"architectures": [type(base).__name__], "tie_word_embeddings": False, "_name_or_path": ""}
     return json.dumps(base.config.to_dict() | own, default=str)
 
 
@@ -111,11 +111,15 @@ _started: dict[tuple, LLM] = {}
 
 def _engine(*key) -> LLM:
     if key not in _started:
-        for old in _started.values():
-            old.llm_engine.engine_core.shutdown()
-        _started.clear()
+        stop()
         _started[key] = _start(*key)
     return _started[key]
+
+
+def stop() -> None:
+    """End what `sample` started, and give back its memory: before accelerate ends the process group, which it shares."""
+    while _started:
+        _started.popitem()[1].llm_engine.engine_core.shutdown()
 
 
 def _start(config: str, dtype: str, device: str, rows: int, answer_tokens: int, positions: int) -> LLM:

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 
 from meml_lib import config, experts, tasks
+from meml_lib.rollouts import vllm
 from meml_lib.runs import RunFolder
 from meml_lib.schema import MefParams, OptimizerParams, RielParams
 from meml_lib.training import evaluate, mef, policy, riel
@@ -72,6 +73,7 @@ def run(stage: config.Stage, p: config.Run, on_record: OnRecord | None = None) -
             folder.write_table(name, table)
         learned.save(folder.path / "model")
     accelerator.wait_for_everyone()
+    vllm.stop()
     accelerator.end_training()
 
 
