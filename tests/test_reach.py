@@ -166,5 +166,6 @@ def _definition(file: Path, line: int) -> str:
     for statement in ast.parse(file.read_text()).body:
         first = min([statement.lineno, *(d.lineno for d in getattr(statement, "decorator_list", []))])
         if first <= line <= statement.end_lineno:
-            return f"{file.relative_to(reach.PACKAGE)}: {next(reach._defined(statement))}"
+            place, name = file.relative_to(reach.PACKAGE), next(reach._defined(statement))
+            return str(place) if name == reach._REST else f"{place}: {name}"
     raise AssertionError(f"{file}:{line}")

@@ -73,7 +73,8 @@ def run(stage: config.Stage, p: config.Run, on_record: OnRecord | None = None) -
             folder.write_table(name, table)
         learned.save(folder.path / "model")
     accelerator.wait_for_everyone()
-    vllm.stop()
+    if p.sampling.engine == "vllm":
+        vllm.stop()
     accelerator.end_training()
 
 
