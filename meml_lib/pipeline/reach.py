@@ -107,11 +107,12 @@ def _file(module: str) -> Path | None:
 def _at(path: str) -> Iterator[tuple[_Module, str]]:
     """The (module, definition) that a dotted path means: all of a module's where the path names none of them."""
     parts = path.split(".")
-    lengths = (length for length in range(len(parts), 0, -1) if _file(".".join(parts[:length])))
-    if (length := next(lengths, None)) is None:
+    found = ((length, _file(".".join(parts[:length]))) for length in range(len(parts), 0, -1))
+    length, file = next((place for place in found if place[1]), (0, None))
+    if file is None:
         return
-    file = _file(".".join(parts[:length]))
-    module = _read(".".join(parts[:length]), file, file.stat().st_mtime_ns, file.stat().st_size)
+    changed = file.stat()
+    module = _read(".".join(parts[:length]), file, changed.st_mtime_ns, changed.st_size)
     first, *others = parts[length:] or [None]
     if first in module.imports:  # imported there, defined elsewhere
         for source in module.imports[first]:
