@@ -74,17 +74,19 @@ def _of_run(p: config.Run) -> dict[str, Any]:
 # --- the numbers of a study -------------------------------------------------------------------------------------------
 
 
-def gather(study: config.Study) -> dict[str, Any]:
+def gather(study: config.Study, code: runs.Tree | None = None) -> dict[str, Any]:
     """All numbers of a study's report, as plain JSON values: report.json.
 
     Arms stand in the order of the paper's tables that they belong to; what shares stage 1 has its scores once.
+
+    Args: code: what writes the report; None: as git knows it now.
     """
     found = [measures.of_arm(study, name) for name in study.arms]
     results = sorted(found, key=lambda result: max(claims.tables_of(result), default="table-9"))
     speaks: dict[str, str] = {}  # arm -> where the scores of its stage 1 stand: under an arm that ends there, if any
     for arms in study.stage1_groups().values():
         speaks |= dict.fromkeys(arms, max(arms, key=lambda arm: study.arms[arm].last_stage == "mef"))
-    fullest, base, here = _fullest(results), study.base_run(), runs.tree()
+    fullest, base, here = _fullest(results), study.base_run(), code or runs.tree()
     teachers = [_teachers(panel, folder.read_table("teacher_answers")) for panel, _, folder in _answered(study)]
     scores = [score for result in results for score in result.scores()]
     data = {
@@ -364,8 +366,9 @@ def write(study: config.Study) -> Path:
     report.html, which holds its figures and needs neither network nor JavaScript.
     """
     folder = study.folder / "report"
-    data = gather(study)
-    if changes := runs.keep_changes(runs.tree(), folder):
+    code = runs.tree()
+    data = gather(study, code)
+    if changes := runs.keep_changes(code, folder):
         data["commit"]["changes"] = os.path.normpath(Path(folder.name) / changes)
     frames = tables(data)
     for part in ("tables", "figures"):  # what an earlier report left must not stand beside this one's
