@@ -101,9 +101,11 @@ class AnswerLoss:
         """The scaled sum over the answer tokens from `start` on; their logits become its gradient by them."""
         end = start + len(logits_cV)
         token_c1 = self._token_n[start:end, None]
-        log_probs_cV = logits_cV.float().log_softmax(-1)
-        logp_c1 = log_probs_cV.gather(-1, token_c1).requires_grad_()
-        wide_cV = [] if self._best_mF is None else [log_probs_cV.requires_grad_()]
+        logits_cV, given_cV = logits_cV.float(), logits_cV
+        p_cV = logits_cV.softmax(-1)
+        lse_c1 = logits_cV.amax(-1, keepdim=True) - p_cV.amax(-1, keepdim=True).log()
+        logp_c1 = (logits_cV.gather(-1, token_c1) - lse_c1).requires_grad_()
+        wide_cV = [] if self._best_mF is None else [(logits_cV - lse_c1).requires_grad_()]
         with torch.enable_grad():
             total = 0.0
             for term in self._terms:
@@ -114,17 +116,17 @@ class AnswerLoss:
                     seen.append(best_k[:, None])
                 elif part.against == "distributions":
                     best_kV = head(self._best_mF[best_k]).float().log_softmax(-1)
-                    seen = [log_probs_cV[at_k, None], best_kV[:, None]]
+                    seen = [wide_cV[0][at_k, None], best_kV[:, None]]
                 loss = part.formula(*seen, torch.ones(len(at_k), 1, dtype=torch.bool, device=at_k.device), weight_k)
                 self.losses[term.part] += loss.detach()
                 total = total + self._scales[term.part] * loss
         grad_c1, *wide_grad_cV = torch.autograd.grad(total, [logp_c1, *wide_cV], materialize_grads=True)
         # log p = logits - logsumexp(logits): a gradient g by log p is g - sum(g) p by the logits.
         sum_c1 = sum((g_cV.sum(-1, keepdim=True) for g_cV in wide_grad_cV), grad_c1)
-        grad_cV = log_probs_cV.detach().exp_().mul_(-sum_c1)
+        grad_cV = p_cV.mul_(-sum_c1)
         for g_cV in wide_grad_cV:
             grad_cV += g_cV
-        logits_cV.copy_(grad_cV.scatter_add_(-1, token_c1, grad_c1))
+        given_cV.copy_(grad_cV.scatter_add_(-1, token_c1, grad_c1))
         return total.detach()
 
 
