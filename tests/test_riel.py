@@ -49,9 +49,10 @@ def run_params(task, panel, *, seed=0, steps=3, stop_at=NO_LIMIT, **objective):
     )
 
 
-def learner_of(policy, accelerator=None, *, steps=10):
+def learner_of(policy, accelerator=None, *, steps=10, lr=ADAMW.lr):
     accelerator = accelerator or Accelerator(cpu=True)
-    return Learner(policy, accelerator, ADAMW, steps=steps, max_answer_tokens=24, micro_batch_tokens=2000)
+    params = ADAMW.model_copy(update={"lr": lr})
+    return Learner(policy, accelerator, params, steps=steps, max_answer_tokens=24, micro_batch_tokens=2000)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,8 @@
 """A decode step of Llama-shaped models without transformers between: one token of every row, from the trainer's weights.
 
 What it saves over a model's own forward pass, in which a step of few tokens is mostly overhead:
-- q, k and v are one product, gate and up another; large matrices are laid out for the CPU once, not at every product.
+- q, k and v are one product, gate and up another, with the norm's weights and attention's scale in their matrices; large
+  matrices are laid out for the CPU once, not at every product.
 - The keys of a prompt are kept once for all its rollouts, whose queries meet them in one product.
 - An answer's keys are written in place, in the layout that the product reads; attention is two products and a softmax.
 - On CUDA a step is one captured graph.
@@ -38,12 +39,10 @@ def fits(model: PreTrainedModel, positions: int) -> bool:
 
 
 class _Layer(NamedTuple):
-    norm: Tensor
     qkv: Callable[[Tensor], Tensor]
     qk_norm: Tensor | None
-    """[heads of q and k, 1 or head size], Qwen3's."""
+    """[heads of q and k, head size], Qwen3's."""
     out: Callable[[Tensor], Tensor]
-    mlp_norm: Tensor
     gate_up: Callable[[Tensor], Tensor]
     down: Callable[[Tensor], Tensor]
 
@@ -59,27 +58,34 @@ class Weights:
         attention = base.model.layers[0].self_attn
         self.model, self.head_size, self.scale = model, attention.head_dim, attention.scaling
         self.heads, self.kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
-        self.eps, self.act = base.model.norm.variance_epsilon, base.model.layers[0].mlp.act_fn
+        self.act, norm = base.model.layers[0].mlp.act_fn, base.model.norm
+        # x / rms(x) is sqrt(width) x / hypot(|x|, sqrt(width eps)); that first root goes into the matrices.
+        self._width = norm.weight.numel()
+        self.floor = torch.tensor(self._width * norm.variance_epsilon, device=model.device).sqrt()
+        self.head_floor = torch.tensor(self.head_size * norm.variance_epsilon, device=model.device).sqrt()
         # Rotary embedding turns the pairs (i, i + half). Side by side they are complex numbers, turned in one product.
         self.order = torch.arange(self.head_size, device=model.device).view(2, -1).T.flatten()
         self.rotary = base.model.rotary_emb
-        self.embedding, self.norm, self.head = base.model.embed_tokens.weight, base.model.norm.weight, _linear(base.lm_head)
+        self.embedding, self.head = base.model.embed_tokens.weight, _linear(base.lm_head)
+        self.norm = norm.weight * self._width**0.5
         self.layers = [self._layer(layer) for layer in base.model.layers]
 
     def _layer(self, layer: nn.Module) -> _Layer:
         attention, mlp, qk_norm = layer.self_attn, layer.mlp, None
+        scale_R = torch.ones(sum(module.out_features for module in _qkv(attention)), device=self.order.device)
+        scale_R[: self.heads * self.head_size] = self.scale
         if hasattr(attention, "q_norm"):
-            q, k = attention.q_norm.weight[self.order], attention.k_norm.weight[self.order]
-            qk_norm = torch.cat((q.expand(self.heads, -1), k.expand(self.kv_heads, -1)))
+            q, k = (norm.weight[self.order] * self.head_size**0.5 for norm in (attention.q_norm, attention.k_norm))
+            qk_norm = torch.cat(((q * self.scale).expand(self.heads, -1), k.expand(self.kv_heads, -1)))
+            scale_R = None
         turned = torch.arange((self.heads + self.kv_heads) * self.head_size, device=self.order.device)
         turned = turned.view(-1, self.head_size)[:, self.order].flatten()
+        root = self._width**0.5
         return _Layer(
-            layer.input_layernorm.weight,
-            _linear(attention.q_proj, attention.k_proj, attention.v_proj, first=turned),
+            _linear(*_qkv(attention), first=turned, columns=layer.input_layernorm.weight * root, rows=scale_R),
             qk_norm,
             _linear(attention.o_proj),
-            layer.post_attention_layernorm.weight,
-            _linear(mlp.gate_proj, mlp.up_proj),
+            _linear(mlp.gate_proj, mlp.up_proj, columns=layer.post_attention_layernorm.weight * root),
             _linear(mlp.down_proj),
         )
 
@@ -104,15 +110,15 @@ class Decoder:
         positions = torch.arange(mask_PT.shape[1] + room, device=device)[None]
         cos, sin = (table[0, :, : size // 2].float() for table in weights.rotary(weights.embedding, positions))
         self._turns_T = torch.complex(cos, sin)
-        # Keys are columns and values rows, as their products read them: [P * heads, size, T] and [P * heads, T, size].
-        keys = (c.keys[..., weights.order].mT.flatten(0, 1).contiguous() for c in cache.layers)
+        # Keys and values: [P * heads, T, size].
+        keys = (c.keys[..., weights.order].flatten(0, 1) for c in cache.layers)
         self._prompts = list(zip(keys, (c.values.flatten(0, 1).contiguous() for c in cache.layers), strict=True))
         bias_PT = torch.zeros(mask_PT.shape, dtype=dtype, device=device).masked_fill_(mask_PT == 0, -torch.inf)
         self._bias = bias_PT.repeat_interleave(heads, 0)[:, None]
         self._prompt_of_row = prompt_of_row
         # Zeros, not empty: a column beyond the answer still enters the product, where 0 times a stray nan is nan.
-        both, rows = {"dtype": dtype, "device": device}, len(prompt_of_row) * heads
-        self._own = [(torch.zeros(rows, size, room, **both), torch.zeros(rows, room, size, **both)) for _ in cache.layers]
+        shape = len(prompt_of_row) * heads, room, size
+        self._own = [tuple(torch.zeros(2, *shape, dtype=dtype, device=device)) for _ in cache.layers]
         self._arrange()
 
     def _arrange(self) -> None:
@@ -122,13 +128,10 @@ class Decoder:
             rows_P[prompt].append(n)
         self._slots = max(map(len, rows_P))
         slots = [n for rows in rows_P for n in (rows + rows[:1] * self._slots)[: self._slots]]  # a spare one: any row
-        if slots == list(range(len(self._prompt_of_row))):
-            self._row_of_slot = self._slot_of_row_N = None
-        else:
-            at = {n: slot for slot, n in reversed(list(enumerate(slots)))}
-            device = self._position_N.device
-            self._row_of_slot = torch.tensor(slots, device=device)
-            self._slot_of_row_N = torch.tensor([at[n] for n in range(len(at))], device=device)
+        at, heads = {n: slot for slot, n in reversed(list(enumerate(slots)))}, range(self._w.kv_heads)
+        to_slot = [slots[p * self._slots + s] * len(heads) + h for p in range(len(rows_P)) for h in heads for s in range(self._slots)]
+        to_row = [(at[n] // self._slots * len(heads) + h) * self._slots + at[n] % self._slots for n in range(len(at)) for h in heads]
+        self._to_slot, self._to_row = (torch.tensor(x, device=self._position_N.device) for x in (to_slot, to_row))
         self._graph = None
 
     def keep(self, rows: Tensor) -> None:
@@ -181,36 +184,38 @@ class Decoder:
         bias_T = w.embedding.new_zeros(width).masked_fill_(torch.arange(width, device=at.device) > at, -torch.inf)
         x = F.embedding(token_N, w.embedding)
         for layer, (prompt_k, prompt_v), (own_k, own_v) in zip(w.layers, self._prompts, self._own, strict=True):
-            qkv = layer.qkv(F.rms_norm(x, x.shape[-1:], layer.norm, w.eps)).view(rows, -1, size)
+            qkv = layer.qkv(_over_norm(x, w.floor)).view(rows, -1, size)
             qk, v = qkv.split((heads + kv_heads, kv_heads), dim=1)
             if layer.qk_norm is not None:
-                qk = F.rms_norm(qk, (size,), None, w.eps) * layer.qk_norm
+                qk = _over_norm(qk, w.head_floor) * layer.qk_norm
             turned = torch.view_as_complex(qk.float().unflatten(-1, (-1, 2))) * turn_N
             q, k = torch.view_as_real(turned).flatten(-2).to(v.dtype).split((heads, kv_heads), dim=1)
-            own_k.index_copy_(2, at, k.reshape(-1, size, 1))
+            own_k.index_copy_(1, at, k.reshape(-1, 1, size))
             own_v.index_copy_(1, at, v.reshape(-1, 1, size))
             q = q.reshape(rows * kv_heads, -1, size)
-            near = torch.baddbmm(bias_T, q, own_k[..., :width], alpha=w.scale)
-            far = torch.baddbmm(self._bias, self._by_prompt(q), prompt_k, alpha=w.scale)
+            near = torch.baddbmm(bias_T, q, own_k[:, :width].mT)
+            far = torch.baddbmm(self._bias, self._by_prompt(q), prompt_k.mT)
             p = torch.cat((self._by_row(far), near), dim=-1).softmax(-1)
             far, near = p.split((prompt_v.shape[1], width), dim=-1)
             mixed = torch.baddbmm(self._by_row(self._by_prompt(far) @ prompt_v), near, own_v[:, :width])
             x = x + layer.out(mixed.view(rows, -1))
-            gate, up = layer.gate_up(F.rms_norm(x, x.shape[-1:], layer.mlp_norm, w.eps)).chunk(2, dim=-1)
+            gate, up = layer.gate_up(_over_norm(x, w.floor)).chunk(2, dim=-1)
             x = x + layer.down(w.act(gate) * up)
-        return w.head(F.rms_norm(x, x.shape[-1:], w.norm, w.eps))
+        return w.head(_over_norm(x, w.floor) * w.norm)
 
     def _by_prompt(self, x: Tensor) -> Tensor:
         """[rows * kv heads, heads of a kv head, c] to [prompts * kv heads, slots * heads of a kv head, c]."""
-        each, c = x.shape[1:]
-        x = x.reshape(-1, self._w.kv_heads, each, c)
-        x = x if self._row_of_slot is None else x[self._row_of_slot]
-        return x.unflatten(0, (-1, self._slots)).transpose(1, 2).reshape(-1, self._slots * each, c)
+        return x.index_select(0, self._to_slot).view(-1, self._slots * x.shape[1], x.shape[2])
 
     def _by_row(self, x: Tensor) -> Tensor:
         """The inverse of `_by_prompt`."""
-        x = x.reshape(-1, self._w.kv_heads, self._slots, x.shape[1] // self._slots, x.shape[2]).transpose(1, 2).flatten(0, 1)
-        return (x if self._slot_of_row_N is None else x[self._slot_of_row_N]).flatten(0, 1)
+        return x.view(-1, x.shape[1] // self._slots, x.shape[2]).index_select(0, self._to_row)
+
+
+def _over_norm(x: Tensor, floor: Tensor) -> Tensor:
+    """x over its length, in x's dtype: RMSNorm but for a constant and its weight."""
+    exact = x.float()
+    return (exact / torch.linalg.vector_norm(exact, dim=-1, keepdim=True).hypot_(floor)).to(x.dtype)
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
@@ -235,11 +240,25 @@ def _merged(module: nn.Module) -> Tensor:
     return weight
 
 
-def _linear(*modules: nn.Module, first: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-    """x -> the outputs of all modules, side by side; those of the first len(first) in the order `first`."""
+def _qkv(attention: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
+    return attention.q_proj, attention.k_proj, attention.v_proj
+
+
+def _linear(
+    *modules: nn.Module, first: Tensor | None = None, columns: Tensor | None = None, rows: Tensor | None = None
+) -> Callable[[Tensor], Tensor]:
+    """x -> the outputs of all modules, side by side; those of the first len(first) in the order `first`.
+
+    Args: columns, rows: what the inputs and, biases included, the outputs are multiplied by.
+    """
     weights, biases = [_merged(module) for module in modules], [module.bias for module in modules]
     weight = torch.cat(weights) if len(weights) > 1 else weights[0]
     bias = None if biases[0] is None else torch.cat(biases)
+    if columns is not None:
+        weight = weight * columns
+    if rows is not None:
+        weight = weight * rows[:, None].to(weight.dtype)
+        bias = None if bias is None else bias * rows.to(bias.dtype)
     if first is not None:
         weight = torch.cat((weight[first], weight[len(first) :]))
         bias = None if bias is None else torch.cat((bias[first], bias[len(first) :]))

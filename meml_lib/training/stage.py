@@ -5,6 +5,7 @@ Runs in process (`run`) and as each of many processes: `python -m meml_lib.train
 
 from __future__ import annotations
 
+import ctypes
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -139,7 +140,7 @@ def _riel(p: config.Run, task: tasks.Task, panel: experts.Panel, accelerator: Ac
 
 
 def accelerator_of(p: config.Run, **tracking: Any) -> Accelerator:
-    """This process's device, and its share of the threads.
+    """This process's device, its share of the threads, and its memory.
 
     Args: tracking: accelerate's own options.
     Raises: RuntimeError if hardware.device asks for CUDA where torch finds none.
@@ -149,7 +150,18 @@ def accelerator_of(p: config.Run, **tracking: Any) -> Accelerator:
     accelerator = Accelerator(cpu=p.hardware.device == "cpu", **tracking)
     if p.hardware.device == "cuda" and accelerator.device.type != "cuda":
         raise RuntimeError(f"hardware.device=cuda, but torch finds {accelerator.device}; use auto or cpu")
+    if accelerator.device.type == "cpu":
+        _keep_freed_memory()
     return accelerator
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what is freed. Else it gives large blocks back to the system, and a step on a CPU spends a tenth of
+    its time on fetching them again, page by page."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:  # not on macOS
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD, bytes
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
 
 
 class Best:

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from accelerate import Accelerator
 from limits import synchronise
 
 from meml_lib import config, experts, tasks
@@ -78,11 +77,12 @@ class Work:
 
     def values(self, arm: str) -> config.Run:
         """The values of a run whose every step is this work."""
-        model = {"embedded": "embedded", "smollm2": "smollm2-135m"}.get(self.model, "embedded")
+        model = {"smollm2": "smollm2-135m"}.get(self.model, "embedded")
+        hardware = "gpu1" if self.device == "cuda" else "cpu1" if self.model == "embedded" else "cpu2"  # as the presets
         uses = [
             *PARTS,
             f"models/{model}.yaml",
-            f"hardware/{'gpu1' if self.device == 'cuda' else 'cpu2'}.yaml",
+            f"hardware/{hardware}.yaml",
             *ARMS[arm],
         ]
         overrides = {
@@ -221,7 +221,7 @@ class Ours:
     def __init__(self, work: Work, learned: policy.Policy, arms: Sequence[str] = tuple(ARMS)):
         self.work, self.task = work, TableTask(work.asked())
         p = work.values("meml")
-        learner = stage.learner_of(p, p.riel, learned, Accelerator(cpu=work.device == "cpu"), steps=p.riel.steps)
+        learner = stage.learner_of(p, p.riel, learned, stage.accelerator_of(p), steps=p.riel.steps)
         self._steps = {arm: riel.train(work.values(arm), learned, learner, self.task, work.panel()) for arm in arms}
 
     def step(self, arm: str, success: float) -> Timed:
