@@ -18,8 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from meml_lib.rollouts.forward import prefill
-
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _ROPES = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on how long the text is
 _PACK = 2**18  # weights; the product of a smaller matrix takes longer when it is packed
@@ -89,6 +87,30 @@ class Weights:
             _linear(mlp.down_proj),
         )
 
+    def hidden(self, token_N: Tensor, turn_N: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """What N tokens come to after all layers, [N, hidden size].
+
+        Args:
+          turn_N: complex [N, 1, head size / 2], of each token's position.
+          attend: from the layer's number, queries [N, heads, head size], scaled, and keys and values [N, heads of these,
+            head size] to what the layer's attention makes of them, N rows.
+        """
+        heads, kv_heads, size, rows = self.heads, self.kv_heads, self.head_size, len(token_N)
+        x = F.embedding(token_N, self.embedding)
+        for i, layer in enumerate(self.layers):
+            qk, v = layer.qkv(_over_norm(x, self.floor)).view(rows, -1, size).split((heads + kv_heads, kv_heads), dim=1)
+            if layer.qk_norm is not None:
+                qk = _over_norm(qk, self.head_floor) * layer.qk_norm
+            turned = torch.view_as_complex(qk.float().unflatten(-1, (-1, 2))) * turn_N
+            q, k = torch.view_as_real(turned).flatten(-2).to(v.dtype).split((heads, kv_heads), dim=1)
+            x = x + layer.out(attend(i, q, k, v).reshape(rows, -1))
+            gate, up = layer.gate_up(_over_norm(x, self.floor)).chunk(2, dim=-1)
+            x = x + layer.down(self.act(gate) * up)
+        return x
+
+    def logits(self, x_NF: Tensor) -> Tensor:
+        return self.head(_over_norm(x_NF, self.floor) * self.norm)
+
 
 class Decoder:
     """Answers, a token of every row at a time.
@@ -99,27 +121,42 @@ class Decoder:
 
     def __init__(self, weights: Weights, prompts: Sequence[tuple[int, ...]], prompt_of_row: list[int], room: int):
         self._w, self._step = weights, 0
-        cache, logits_PV, mask_PT = prefill(weights.model, prompts)
-        device, dtype, heads, size = logits_PV.device, weights.embedding.dtype, weights.kv_heads, weights.head_size
+        device, dtype, size = weights.embedding.device, weights.embedding.dtype, weights.head_size
         self._block = _CUDA_BLOCK if device.type == "cuda" else _BLOCK
         room = -(-room // self._block) * self._block
-        rows_N = torch.tensor(prompt_of_row, device=device)
-        self.logits_NV = logits_PV[rows_N]
-        """The first token's."""
-        self._position_N, self._at = mask_PT.sum(-1)[rows_N], torch.zeros(1, dtype=torch.long, device=device)
-        positions = torch.arange(mask_PT.shape[1] + room, device=device)[None]
+        positions = torch.arange(max(map(len, prompts)) + room, device=device)[None]
         cos, sin = (table[0, :, : size // 2].float() for table in weights.rotary(weights.embedding, positions))
         self._turns_T = torch.complex(cos, sin)
-        # Keys and values: [P * heads, T, size].
-        keys = (c.keys[..., weights.order].flatten(0, 1) for c in cache.layers)
-        self._prompts = list(zip(keys, (c.values.flatten(0, 1).contiguous() for c in cache.layers), strict=True))
-        bias_PT = torch.zeros(mask_PT.shape, dtype=dtype, device=device).masked_fill_(mask_PT == 0, -torch.inf)
-        self._bias = bias_PT.repeat_interleave(heads, 0)[:, None]
+        rows_N = torch.tensor(prompt_of_row, device=device)
+        length_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        self.logits_NV = self._prefill(prompts, length_P)[rows_N]
+        """The first token's."""
+        self._position_N, self._at = length_P[rows_N], torch.zeros(1, dtype=torch.long, device=device)
         self._prompt_of_row = prompt_of_row
-        # Zeros, not empty: a column beyond the answer still enters the product, where 0 times a stray nan is nan.
-        shape = len(prompt_of_row) * heads, room, size
-        self._own = [tuple(torch.zeros(2, *shape, dtype=dtype, device=device)) for _ in cache.layers]
+        # On CUDA zeros, not empty: a column beyond the answer still enters the product, where 0 times a stray nan is nan.
+        new, shape = torch.empty if self._block == 1 else torch.zeros, (2, len(prompt_of_row) * weights.kv_heads, room, size)
+        self._own = [tuple(new(shape, dtype=dtype, device=device)) for _ in weights.layers]
         self._arrange()
+
+    def _prefill(self, prompts: Sequence[tuple[int, ...]], length_P: Tensor) -> Tensor:
+        """Run the prompts, padded on the right, and keep their keys and values. Returns: the next token's logits [P, V]."""
+        w, width = self._w, max(map(len, prompts))
+        batch = len(prompts), width
+        self._prompts = []
+        """Of each layer keys and values, [P * heads, T, size]."""
+
+        def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = (x.unflatten(0, batch).transpose(1, 2).contiguous() for x in (q, k, v))
+            self._prompts.append((k.flatten(0, 1), v.flatten(0, 1)))
+            shared = w.heads != w.kv_heads
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=shared).transpose(1, 2)
+
+        ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=length_P.device)
+        x = w.hidden(ids.flatten(), self._turns_T[:width].repeat(len(prompts), 1)[:, None], attend)
+        outside_PT = torch.arange(width, device=length_P.device) >= length_P[:, None]
+        bias_PT = torch.zeros(batch, dtype=x.dtype, device=x.device).masked_fill_(outside_PT, -torch.inf)
+        self._bias = bias_PT.repeat_interleave(w.kv_heads, 0)[:, None]
+        return w.logits(x.unflatten(0, batch)[torch.arange(len(prompts), device=x.device), length_P - 1])
 
     def _arrange(self) -> None:
         """Give every prompt as many slots as the most rows that one of them has."""
@@ -178,30 +215,23 @@ class Decoder:
 
     def _forward(self, token_N: Tensor, width: int) -> Tensor:
         """Append token number `at`; it attends to `width` > at columns of its answer. Doing it twice is harmless."""
-        w, at, rows = self._w, self._at, len(token_N)
-        heads, kv_heads, size = w.heads, w.kv_heads, w.head_size
-        turn_N = self._turns_T[self._position_N + at][:, None]
-        bias_T = w.embedding.new_zeros(width).masked_fill_(torch.arange(width, device=at.device) > at, -torch.inf)
-        x = F.embedding(token_N, w.embedding)
-        for layer, (prompt_k, prompt_v), (own_k, own_v) in zip(w.layers, self._prompts, self._own, strict=True):
-            qkv = layer.qkv(_over_norm(x, w.floor)).view(rows, -1, size)
-            qk, v = qkv.split((heads + kv_heads, kv_heads), dim=1)
-            if layer.qk_norm is not None:
-                qk = _over_norm(qk, w.head_floor) * layer.qk_norm
-            turned = torch.view_as_complex(qk.float().unflatten(-1, (-1, 2))) * turn_N
-            q, k = torch.view_as_real(turned).flatten(-2).to(v.dtype).split((heads, kv_heads), dim=1)
-            own_k.index_copy_(1, at, k.reshape(-1, 1, size))
-            own_v.index_copy_(1, at, v.reshape(-1, 1, size))
-            q = q.reshape(rows * kv_heads, -1, size)
+        w, at = self._w, self._at
+        bias_T = w.embedding.new_zeros(width if self._block > 1 else 1)
+        if self._block > 1:
+            bias_T.masked_fill_(torch.arange(width, device=at.device) > at, -torch.inf)
+
+        def attend(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            (prompt_k, prompt_v), (own_k, own_v) = self._prompts[i], self._own[i]
+            own_k.index_copy_(1, at, k.reshape(-1, 1, w.head_size))
+            own_v.index_copy_(1, at, v.reshape(-1, 1, w.head_size))
+            q = q.reshape(len(own_k), -1, w.head_size)
             near = torch.baddbmm(bias_T, q, own_k[:, :width].mT)
             far = torch.baddbmm(self._bias, self._by_prompt(q), prompt_k.mT)
             p = torch.cat((self._by_row(far), near), dim=-1).softmax(-1)
             far, near = p.split((prompt_v.shape[1], width), dim=-1)
-            mixed = torch.baddbmm(self._by_row(self._by_prompt(far) @ prompt_v), near, own_v[:, :width])
-            x = x + layer.out(mixed.view(rows, -1))
-            gate, up = layer.gate_up(_over_norm(x, w.floor)).chunk(2, dim=-1)
-            x = x + layer.down(w.act(gate) * up)
-        return w.head(_over_norm(x, w.floor) * w.norm)
+            return torch.baddbmm(self._by_row(self._by_prompt(far) @ prompt_v), near, own_v[:, :width])
+
+        return w.logits(w.hidden(token_N, self._turns_T[self._position_N + at][:, None], attend))
 
     def _by_prompt(self, x: Tensor) -> Tensor:
         """[rows * kv heads, heads of a kv head, c] to [prompts * kv heads, slots * heads of a kv head, c]."""

@@ -161,7 +161,7 @@ def draw(p_NV: Tensor, uniform_N: Tensor, *, top_p: float | None) -> Tensor:
     rows, words = p_NV.shape
     size = next(k for k in range(math.isqrt(words), 0, -1) if words % k == 0) if words >= _IN_BLOCKS else 1
     p_NBK = p_NV.reshape(rows, -1, size)
-    upto_NB = p_NBK.sum(-1, dtype=torch.float64).cumsum(-1)
+    upto_NB = (p_NV if size == 1 else p_NBK.sum(-1, dtype=torch.float64)).cumsum(-1, dtype=torch.float64)
     # Scaled by the sum, which rounding leaves near 1; below it even for the largest uniform, so that an entry is found.
     target_N1 = (uniform_N * upto_NB[:, -1])[:, None]
     block_N1 = torch.searchsorted(upto_NB, target_N1, right=True)
