@@ -1,10 +1,10 @@
-"""A decode step of Llama-shaped models without transformers between: one token of every row, from the trainer's weights.
+"""Llama-shaped models without transformers between: prompts, then a token of every row a step, from the trainer's weights.
 
 What it saves over a model's own forward pass, in which a step of few tokens is mostly overhead:
 - q, k and v are one product, gate and up another, with the norm's weights and attention's scale in their matrices; large
   matrices are laid out for the CPU once, not at every product.
 - The keys of a prompt are kept once for all its rollouts, whose queries meet them in one product.
-- An answer's keys are written in place, in the layout that the product reads; attention is two products and a softmax.
+- An answer's keys are written in place; attention is two products and a softmax.
 - On CUDA a step is one captured graph.
 """
 
