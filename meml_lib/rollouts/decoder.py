@@ -54,7 +54,7 @@ class Weights:
     def __init__(self, model: PreTrainedModel):
         base = _base(model)
         attention = base.model.layers[0].self_attn
-        self.model, self.head_size, self.scale = model, attention.head_dim, attention.scaling
+        self.head_size, self.scale = attention.head_dim, attention.scaling
         self.heads, self.kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
         self.act, norm = base.model.layers[0].mlp.act_fn, base.model.norm
         # x / rms(x) is sqrt(width) x / hypot(|x|, sqrt(width eps)); that first root goes into the matrices.
@@ -65,7 +65,7 @@ class Weights:
         self.order = torch.arange(self.head_size, device=model.device).view(2, -1).T.flatten()
         self.rotary = base.model.rotary_emb
         self.embedding, self.head = base.model.embed_tokens.weight, _linear(base.lm_head)
-        self.norm = norm.weight * self._width**0.5
+        self.norm = norm.weight.float() * self._width**0.5
         self.layers = [self._layer(layer) for layer in base.model.layers]
 
     def _layer(self, layer: nn.Module) -> _Layer:
@@ -78,12 +78,14 @@ class Weights:
             scale_R = None
         turned = torch.arange((self.heads + self.kv_heads) * self.head_size, device=self.order.device)
         turned = turned.view(-1, self.head_size)[:, self.order].flatten()
-        root = self._width**0.5
+        before, between = (
+            norm.weight.float() * self._width**0.5 for norm in (layer.input_layernorm, layer.post_attention_layernorm)
+        )
         return _Layer(
-            _linear(*_qkv(attention), first=turned, columns=layer.input_layernorm.weight * root, rows=scale_R),
+            _linear(*_qkv(attention), first=turned, columns=before, rows=scale_R),
             qk_norm,
             _linear(attention.o_proj),
-            _linear(mlp.gate_proj, mlp.up_proj, columns=layer.post_attention_layernorm.weight * root),
+            _linear(mlp.gate_proj, mlp.up_proj, columns=between),
             _linear(mlp.down_proj),
         )
 
@@ -109,7 +111,8 @@ class Weights:
         return x
 
     def logits(self, x_NF: Tensor) -> Tensor:
-        return self.head(_over_norm(x_NF, self.floor) * self.norm)
+        """The next token's logits [N, V], of what `hidden` returned."""
+        return self.head((_over_norm(x_NF, self.floor) * self.norm).to(x_NF.dtype))
 
 
 class Decoder:
@@ -166,8 +169,10 @@ class Decoder:
         self._slots = max(map(len, rows_P))
         slots = [n for rows in rows_P for n in (rows + rows[:1] * self._slots)[: self._slots]]  # a spare one: any row
         at, heads = {n: slot for slot, n in reversed(list(enumerate(slots)))}, range(self._w.kv_heads)
-        to_slot = [slots[p * self._slots + s] * len(heads) + h for p in range(len(rows_P)) for h in heads for s in range(self._slots)]
-        to_row = [(at[n] // self._slots * len(heads) + h) * self._slots + at[n] % self._slots for n in range(len(at)) for h in heads]
+        by_prompt = (slots[start : start + self._slots] for start in range(0, len(slots), self._slots))
+        to_slot = [n * len(heads) + h for rows in by_prompt for h in heads for n in rows]
+        places = (divmod(at[n], self._slots) for n in range(len(at)))
+        to_row = [(p * len(heads) + h) * self._slots + s for p, s in places for h in heads]
         self._to_slot, self._to_row = (torch.tensor(x, device=self._position_N.device) for x in (to_slot, to_row))
         self._graph = None
 
@@ -279,16 +284,19 @@ def _linear(
 ) -> Callable[[Tensor], Tensor]:
     """x -> the outputs of all modules, side by side; those of the first len(first) in the order `first`.
 
-    Args: columns, rows: what the inputs and, biases included, the outputs are multiplied by.
+    Args: columns, rows: what the inputs and, biases included, the outputs are multiplied by; float32, so that each weight
+      is rounded once.
     """
     weights, biases = [_merged(module) for module in modules], [module.bias for module in modules]
     weight = torch.cat(weights) if len(weights) > 1 else weights[0]
     bias = None if biases[0] is None else torch.cat(biases)
+    dtype = weight.dtype
     if columns is not None:
         weight = weight * columns
     if rows is not None:
-        weight = weight * rows[:, None].to(weight.dtype)
-        bias = None if bias is None else bias * rows.to(bias.dtype)
+        weight = weight * rows[:, None]
+        bias = None if bias is None else (bias * rows).to(dtype)
+    weight = weight.to(dtype)
     if first is not None:
         weight = torch.cat((weight[first], weight[len(first) :]))
         bias = None if bias is None else torch.cat((bias[first], bias[len(first) :]))
