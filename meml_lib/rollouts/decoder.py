@@ -69,13 +69,13 @@ class Weights:
         self.layers = [self._layer(layer) for layer in base.model.layers]
 
     def _layer(self, layer: nn.Module) -> _Layer:
-        attention, mlp, qk_norm = layer.self_attn, layer.mlp, None
-        scale_R = torch.ones(sum(module.out_features for module in _qkv(attention)), device=self.order.device)
-        scale_R[: self.heads * self.head_size] = self.scale
+        attention, mlp, qk_norm, scale_R = layer.self_attn, layer.mlp, None, None
         if hasattr(attention, "q_norm"):
             q, k = (norm.weight[self.order] * self.head_size**0.5 for norm in (attention.q_norm, attention.k_norm))
             qk_norm = torch.cat(((q * self.scale).expand(self.heads, -1), k.expand(self.kv_heads, -1)))
-            scale_R = None
+        else:
+            scale_R = torch.ones(sum(module.out_features for module in _qkv(attention)), device=self.order.device)
+            scale_R[: self.heads * self.head_size] = self.scale
         turned = torch.arange((self.heads + self.kv_heads) * self.head_size, device=self.order.device)
         turned = turned.view(-1, self.head_size)[:, self.order].flatten()
         before, between = (

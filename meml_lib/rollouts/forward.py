@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 
-def prefill(model: PreTrainedModel, prompts: Sequence[tuple[int, ...]]) -> tuple[DynamicCache, Tensor, Tensor]:
+def _prefill(model: PreTrainedModel, prompts: Sequence[tuple[int, ...]]) -> tuple[DynamicCache, Tensor, Tensor]:
     """Run P prompts once, padded on the left.
 
     Returns: their cache, the next token's logits [P, V], and the mask [P, T], 1 on a prompt's tokens.
@@ -39,7 +39,7 @@ class Forward:
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], prompt_of_row: list[int], room: int):
         self._model, self._step = model, 0
-        self._cache, logits_PV, mask_PT = prefill(model, prompts)
+        self._cache, logits_PV, mask_PT = _prefill(model, prompts)
         row_N = torch.tensor(prompt_of_row, device=model.device)
         _reserve(self._cache, row_N, room)
         self.logits_NV = logits_PV[row_N]

@@ -103,6 +103,7 @@ class AnswerLoss:
         token_c1 = self._token_n[start:end, None]
         logits_cV, given_cV = logits_cV.float(), logits_cV
         p_cV = logits_cV.softmax(-1)
+        # The largest probability is exp(largest logit - logsumexp): no further pass of exponentials.
         lse_c1 = logits_cV.amax(-1, keepdim=True) - p_cV.amax(-1, keepdim=True).log()
         logp_c1 = (logits_cV.gather(-1, token_c1) - lse_c1).requires_grad_()
         wide_cV = [] if self._best_mF is None else [(logits_cV - lse_c1).requires_grad_()]

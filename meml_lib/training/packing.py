@@ -137,7 +137,7 @@ class Layout:
     """Of each bucket, the same of an answer's token (Q = Ta) and one of its prompt or answer (K = Tp + Ta)."""
 
     @classmethod
-    def of(cls, prompt_tokens_P: np.ndarray, answer_tokens_N: np.ndarray, parent_N: np.ndarray, model) -> Layout:
+    def of(cls, prompt_tokens_P: np.ndarray, answer_tokens_N: np.ndarray, parent_N: np.ndarray, model: PreTrainedModel) -> Layout:
         """Args: tokens of each prompt and answer, which stand in this order in the flat line; each answer's prompt; the
         model that computes."""
         lengths = np.concatenate([prompt_tokens_P, answer_tokens_N])
