@@ -4,8 +4,8 @@ What it saves over a model's own forward pass, in which a step of few tokens is 
 - q, k and v are one product, gate and up another, with the norm's weights and attention's scale in their matrices; large
   matrices are laid out for the CPU once, not at every product.
 - The keys of a prompt are kept once for all its rollouts, whose queries meet them in one product.
-- An answer's keys are written in place; attention is two products and a softmax.
-- On CUDA a step is one captured graph.
+- An answer's keys are written in place; attention is two products and a softmax, on CUDA one kernel (`kernels`).
+- On CUDA a step is one captured graph, the same for all tokens of an answer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _ROPES = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on how long the text is
 _PACK = 2**18  # weights; the product of a smaller matrix takes longer when it is packed
-_BLOCK, _CUDA_BLOCK = 1, 128  # columns by which an answer's attention widens; a graph has one width
 
 
 def fits(model: PreTrainedModel, positions: int) -> bool:
@@ -34,6 +33,11 @@ def fits(model: PreTrainedModel, positions: int) -> bool:
     linear = [base.lm_head, *(module for module in linear if hasattr(module, "in_features"))]
     unwindowed = window is None or positions < window
     return unwindowed and type(base.model.embed_tokens) is nn.Embedding and all(map(_is_plain, linear))
+
+
+Attend = Callable[[int, Tensor, Tensor], Tensor]
+"""From a layer's number, scaled queries and keys [N, heads of both, head size], not yet turned to their positions, and
+values [N, heads of keys, head size] to what the layer's attention makes of them, N rows."""
 
 
 class _Layer(NamedTuple):
@@ -57,21 +61,18 @@ class Weights:
         self.head_size, self.scale = attention.head_dim, attention.scaling
         self.heads, self.kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
         self.act, norm = base.model.layers[0].mlp.act_fn, base.model.norm
-        # x / rms(x) is sqrt(width) x / hypot(|x|, sqrt(width eps)); that first root goes into the matrices.
-        self._width = norm.weight.numel()
-        self.floor = torch.tensor(self._width * norm.variance_epsilon, device=model.device).sqrt()
-        self.head_floor = torch.tensor(self.head_size * norm.variance_epsilon, device=model.device).sqrt()
+        self._norm, self._head_norm = (_Norm(n, norm.variance_epsilon, model.device) for n in (norm.weight.numel(), self.head_size))
         # Rotary embedding turns the pairs (i, i + half). Side by side they are complex numbers, turned in one product.
         self.order = torch.arange(self.head_size, device=model.device).view(2, -1).T.flatten()
         self.rotary = base.model.rotary_emb
         self.embedding, self.head = base.model.embed_tokens.weight, _linear(base.lm_head)
-        self.norm = norm.weight.float() * self._width**0.5
+        self._final = norm.weight.float() * self._norm.left
         self.layers = [self._layer(layer) for layer in base.model.layers]
 
     def _layer(self, layer: nn.Module) -> _Layer:
         attention, mlp, qk_norm, scale_R = layer.self_attn, layer.mlp, None, None
         if hasattr(attention, "q_norm"):
-            q, k = (norm.weight[self.order] * self.head_size**0.5 for norm in (attention.q_norm, attention.k_norm))
+            q, k = (norm.weight[self.order] * self._head_norm.left for norm in (attention.q_norm, attention.k_norm))
             qk_norm = torch.cat(((q * self.scale).expand(self.heads, -1), k.expand(self.kv_heads, -1)))
         else:
             scale_R = torch.ones(sum(module.out_features for module in _qkv(attention)), device=self.order.device)
@@ -79,7 +80,7 @@ class Weights:
         turned = torch.arange((self.heads + self.kv_heads) * self.head_size, device=self.order.device)
         turned = turned.view(-1, self.head_size)[:, self.order].flatten()
         before, between = (
-            norm.weight.float() * self._width**0.5 for norm in (layer.input_layernorm, layer.post_attention_layernorm)
+            norm.weight.float() * self._norm.left for norm in (layer.input_layernorm, layer.post_attention_layernorm)
         )
         return _Layer(
             _linear(*_qkv(attention), first=turned, columns=before, rows=scale_R),
@@ -89,30 +90,27 @@ class Weights:
             _linear(mlp.down_proj),
         )
 
-    def hidden(self, token_N: Tensor, turn_N: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-        """What N tokens come to after all layers, [N, hidden size].
-
-        Args:
-          turn_N: complex [N, 1, head size / 2], of each token's position.
-          attend: from the layer's number, queries [N, heads, head size], scaled, and keys and values [N, heads of these,
-            head size] to what the layer's attention makes of them, N rows.
-        """
+    def hidden(self, token_N: Tensor, attend: Attend) -> Tensor:
+        """What N tokens come to after all layers, [N, hidden size]."""
         heads, kv_heads, size, rows = self.heads, self.kv_heads, self.head_size, len(token_N)
         x = F.embedding(token_N, self.embedding)
         for i, layer in enumerate(self.layers):
-            qk, v = layer.qkv(_over_norm(x, self.floor)).view(rows, -1, size).split((heads + kv_heads, kv_heads), dim=1)
+            qk, v = layer.qkv(self._norm(x)).view(rows, -1, size).split((heads + kv_heads, kv_heads), dim=1)
             if layer.qk_norm is not None:
-                qk = _over_norm(qk, self.head_floor) * layer.qk_norm
-            turned = torch.view_as_complex(qk.float().unflatten(-1, (-1, 2))) * turn_N
-            q, k = torch.view_as_real(turned).flatten(-2).to(v.dtype).split((heads, kv_heads), dim=1)
-            x = x + layer.out(attend(i, q, k, v).reshape(rows, -1))
-            gate, up = layer.gate_up(_over_norm(x, self.floor)).chunk(2, dim=-1)
+                qk = self._head_norm(qk) * layer.qk_norm
+            x = x + layer.out(attend(i, qk, v).reshape(rows, -1))
+            gate, up = layer.gate_up(self._norm(x)).chunk(2, dim=-1)
             x = x + layer.down(self.act(gate) * up)
         return x
 
+    def turned(self, qk: Tensor, turn_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys at their positions. Args: turn_N: complex [N, head size / 2]."""
+        turned = torch.view_as_complex(qk.float().unflatten(-1, (-1, 2))) * turn_N[:, None]
+        return torch.view_as_real(turned).flatten(-2).to(qk.dtype).split((self.heads, self.kv_heads), dim=1)
+
     def logits(self, x_NF: Tensor) -> Tensor:
         """The next token's logits [N, V], of what `hidden` returned."""
-        return self.head((_over_norm(x_NF, self.floor) * self.norm).to(x_NF.dtype))
+        return self.head((self._norm(x_NF) * self._final).to(x_NF.dtype))
 
 
 class Decoder:
@@ -125,46 +123,45 @@ class Decoder:
     def __init__(self, weights: Weights, prompts: Sequence[tuple[int, ...]], prompt_of_row: list[int], room: int):
         self._w, self._step = weights, 0
         device, dtype, size = weights.embedding.device, weights.embedding.dtype, weights.head_size
-        self._block = _CUDA_BLOCK if device.type == "cuda" else _BLOCK
-        room = -(-room // self._block) * self._block
         positions = torch.arange(max(map(len, prompts)) + room, device=device)[None]
         cos, sin = (table[0, :, : size // 2].float() for table in weights.rotary(weights.embedding, positions))
         self._turns_T = torch.complex(cos, sin)
         rows_N = torch.tensor(prompt_of_row, device=device)
-        length_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        self.logits_NV = self._prefill(prompts, length_P)[rows_N]
+        self._length_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        self.logits_NV = self._prefill(prompts)[rows_N]
         """The first token's."""
-        self._position_N, self._at = length_P[rows_N], torch.zeros(1, dtype=torch.long, device=device)
-        self._prompt_of_row = prompt_of_row
-        # On CUDA zeros, not empty: a column beyond the answer still enters the product, where 0 times a stray nan is nan.
-        new, shape = torch.empty if self._block == 1 else torch.zeros, (2, len(prompt_of_row) * weights.kv_heads, room, size)
-        self._own = [tuple(new(shape, dtype=dtype, device=device)) for _ in weights.layers]
-        self._arrange()
+        self._position_N, self._at = self._length_P[rows_N], torch.zeros(1, dtype=torch.long, device=device)
+        shape = 2, len(prompt_of_row) * weights.kv_heads, room, size
+        self._own = [tuple(torch.empty(shape, dtype=dtype, device=device)) for _ in weights.layers]
+        self._arrange(prompt_of_row)
 
-    def _prefill(self, prompts: Sequence[tuple[int, ...]], length_P: Tensor) -> Tensor:
+    def _prefill(self, prompts: Sequence[tuple[int, ...]]) -> Tensor:
         """Run the prompts, padded on the right, and keep their keys and values. Returns: the next token's logits [P, V]."""
-        w, width = self._w, max(map(len, prompts))
+        w, length_P, width = self._w, self._length_P, max(map(len, prompts))
         batch = len(prompts), width
         self._prompts = []
         """Of each layer keys and values, [P * heads, T, size]."""
 
-        def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k, v = (x.unflatten(0, batch).transpose(1, 2).contiguous() for x in (q, k, v))
+        def attend(_: int, qk: Tensor, v: Tensor) -> Tensor:
+            q, k, v = (x.unflatten(0, batch).transpose(1, 2).contiguous() for x in (*w.turned(qk, turn_N), v))
             self._prompts.append((k.flatten(0, 1), v.flatten(0, 1)))
             shared = w.heads != w.kv_heads
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=shared).transpose(1, 2)
 
         ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=length_P.device)
-        x = w.hidden(ids.flatten(), self._turns_T[:width].repeat(len(prompts), 1)[:, None], attend)
+        turn_N = self._turns_T[:width].repeat(len(prompts), 1)
+        x = w.hidden(ids.flatten(), attend)
         outside_PT = torch.arange(width, device=length_P.device) >= length_P[:, None]
         bias_PT = torch.zeros(batch, dtype=x.dtype, device=x.device).masked_fill_(outside_PT, -torch.inf)
         self._bias = bias_PT.repeat_interleave(w.kv_heads, 0)[:, None]
         return w.logits(x.unflatten(0, batch)[torch.arange(len(prompts), device=x.device), length_P - 1])
 
-    def _arrange(self) -> None:
-        """Give every prompt as many slots as the most rows that one of them has."""
-        rows_P = [[] for _ in range(max(self._prompt_of_row) + 1)]
-        for n, prompt in enumerate(self._prompt_of_row):
+    def _arrange(self, prompt_of_row: list[int]) -> None:
+        """Note whose answer each row is; on a CPU give every prompt as many slots as the most rows that one of them has."""
+        self._prompt_of_row, self._graph = prompt_of_row, None
+        self._prompt_of_row_N = torch.tensor(prompt_of_row, device=self._length_P.device)
+        rows_P = [[] for _ in range(max(prompt_of_row) + 1)]
+        for n, prompt in enumerate(prompt_of_row):
             rows_P[prompt].append(n)
         self._slots = max(map(len, rows_P))
         slots = [n for rows in rows_P for n in (rows + rows[:1] * self._slots)[: self._slots]]  # a spare one: any row
@@ -173,8 +170,7 @@ class Decoder:
         to_slot = [n * len(heads) + h for rows in by_prompt for h in heads for n in rows]
         places = (divmod(at[n], self._slots) for n in range(len(at)))
         to_row = [(p * len(heads) + h) * self._slots + s for p, s in places for h in heads]
-        self._to_slot, self._to_row = (torch.tensor(x, device=self._position_N.device) for x in (to_slot, to_row))
-        self._graph = None
+        self._to_slot, self._to_row = (torch.tensor(x, device=self._length_P.device) for x in (to_slot, to_row))
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows alone."""
@@ -185,58 +181,58 @@ class Decoder:
         if len(asked) <= max(self._prompt_of_row):
             at = torch.tensor(asked, device=rows.device)
             self._prompts = [(self._select(k, at), self._select(v, at)) for k, v in self._prompts]
-            self._bias = self._select(self._bias, at)
-        self._prompt_of_row = [asked.index(p) for p in prompt_of_row]
-        self._arrange()
+            self._bias, self._length_P = self._select(self._bias, at), self._length_P[at]
+        self._arrange([asked.index(p) for p in prompt_of_row])
 
     def _select(self, x: Tensor, rows: Tensor) -> Tensor:
         return x.unflatten(0, (-1, self._w.kv_heads))[rows].flatten(0, 1)
 
     def step(self, token_N: Tensor) -> Tensor:
         """Append a token to every row. Returns: the next one's logits [N, V], which the step after may overwrite."""
-        width = (self._step // self._block + 1) * self._block
         self._at.fill_(self._step)
         self._step += 1
         if token_N.device.type != "cuda":
-            return self._forward(token_N, width)
-        if self._graph is None or self._width != width:
-            self._capture(token_N, width)
+            return self._forward(token_N, self._products)
+        if self._graph is None:
+            self._capture(token_N)
         self._token_N.copy_(token_N)
         self._graph.replay()
         return self._logits_NV
 
-    def _capture(self, token_N: Tensor, width: int) -> None:
-        """Record a step of so many rows and columns. Never run by us: no CUDA machine was at hand."""
-        self._width, self._token_N, self._graph = width, token_N.clone(), None
+    def _capture(self, token_N: Tensor) -> None:
+        """Record a step of so many rows."""
+        self._token_N = token_N.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # once before recording, so that libraries have their workspaces
-            self._forward(self._token_N, width)
+        with torch.cuda.stream(stream):  # once before recording: kernels are compiled, libraries have their workspaces
+            self._forward(self._token_N, self._kernel)
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._logits_NV = self._forward(self._token_N, width)
-        self._graph = graph
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._logits_NV = self._forward(self._token_N, self._kernel)
 
-    def _forward(self, token_N: Tensor, width: int) -> Tensor:
-        """Append token number `at`; it attends to `width` > at columns of its answer. Doing it twice is harmless."""
-        w, at = self._w, self._at
-        bias_T = w.embedding.new_zeros(width if self._block > 1 else 1)
-        if self._block > 1:
-            bias_T.masked_fill_(torch.arange(width, device=at.device) > at, -torch.inf)
+    def _forward(self, token_N: Tensor, attend: Attend) -> Tensor:
+        """Append token number `at`. Doing it twice is harmless."""
+        self._turn_N = self._turns_T[self._position_N + self._at]
+        return self._w.logits(self._w.hidden(token_N, attend))
 
-        def attend(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            (prompt_k, prompt_v), (own_k, own_v) = self._prompts[i], self._own[i]
-            own_k.index_copy_(1, at, k.reshape(-1, 1, w.head_size))
-            own_v.index_copy_(1, at, v.reshape(-1, 1, w.head_size))
-            q = q.reshape(len(own_k), -1, w.head_size)
-            near = torch.baddbmm(bias_T, q, own_k[:, :width].mT)
-            far = torch.baddbmm(self._bias, self._by_prompt(q), prompt_k.mT)
-            p = torch.cat((self._by_row(far), near), dim=-1).softmax(-1)
-            far, near = p.split((prompt_v.shape[1], width), dim=-1)
-            return torch.baddbmm(self._by_row(self._by_prompt(far) @ prompt_v), near, own_v[:, :width])
+    def _kernel(self, i: int, qk: Tensor, v: Tensor) -> Tensor:
+        from meml_lib.rollouts import kernels
 
-        return w.logits(w.hidden(token_N, self._turns_T[self._position_N + at][:, None], attend))
+        rows = self._prompt_of_row_N, self._length_P
+        return kernels.attend(qk, v, self._turn_N, self._prompts[i], self._own[i], *rows, self._at)
+
+    def _products(self, i: int, qk: Tensor, v: Tensor) -> Tensor:
+        (prompt_k, prompt_v), (own_k, own_v), size = self._prompts[i], self._own[i], self._w.head_size
+        q, k = self._w.turned(qk, self._turn_N)
+        own_k.index_copy_(1, self._at, k.reshape(-1, 1, size))
+        own_v.index_copy_(1, self._at, v.reshape(-1, 1, size))
+        q = q.reshape(len(own_k), -1, size)
+        near = q @ own_k[:, : self._step].mT
+        far = torch.baddbmm(self._bias, self._by_prompt(q), prompt_k.mT)
+        p = torch.cat((self._by_row(far), near), dim=-1).softmax(-1)
+        far, near = p.split((prompt_v.shape[1], self._step), dim=-1)
+        return torch.baddbmm(self._by_row(self._by_prompt(far) @ prompt_v), near, own_v[:, : self._step])
 
     def _by_prompt(self, x: Tensor) -> Tensor:
         """[rows * kv heads, heads of a kv head, c] to [prompts * kv heads, slots * heads of a kv head, c]."""
@@ -247,10 +243,23 @@ class Decoder:
         return x.view(-1, x.shape[1] // self._slots, x.shape[2]).index_select(0, self._to_row)
 
 
-def _over_norm(x: Tensor, floor: Tensor) -> Tensor:
-    """x over its length, in x's dtype: RMSNorm but for a constant and its weight."""
-    exact = x.float()
-    return (exact / torch.linalg.vector_norm(exact, dim=-1, keepdim=True).hypot_(floor)).to(x.dtype)
+class _Norm:
+    """RMSNorm without its weight and, where that is faster, over a root of its width; in x's dtype.
+
+    x / rms(x) is sqrt(width) x / hypot(|x|, sqrt(width eps)), and the first root may as well be in the matrix that follows.
+    """
+
+    def __init__(self, width: int, epsilon: float, device: torch.device):
+        self._shape, self._epsilon, self._fused = (width,), epsilon, device.type == "cuda"
+        self._floor = torch.tensor(width * epsilon, device=device).sqrt()
+        self.left = 1.0 if self._fused else width**0.5
+        """What is left to multiply by."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._fused:
+            return F.rms_norm(x, self._shape, None, self._epsilon)
+        exact = x.float()
+        return (exact / torch.linalg.vector_norm(exact, dim=-1, keepdim=True).hypot_(self._floor)).to(x.dtype)
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------

@@ -120,6 +120,10 @@ def choose(
       temperature: > 0, or None for the most likely token. top_p: see `draw`.
     Returns: [N] token ids; their log-probabilities and the distributions' entropies, in nats.
     """
+    if logits_NV.is_cuda and temperature is not None and top_p in (None, 1.0):
+        from meml_lib.rollouts import kernels
+
+        return kernels.choose(logits_NV, uniform_N, temperature)
     rows = max(1, (CUDA_ENTRIES if logits_NV.is_cuda else ENTRIES) // logits_NV.shape[1])
     chunks = zip(logits_NV.split(rows), uniform_N.split(rows), strict=True)
     told = [_choose(logits_nV.float(), uniform_n, temperature, top_p) for logits_nV, uniform_n in chunks]

@@ -105,7 +105,7 @@ def memory(p: config.Run, model: PreTrainedModel) -> tuple[list[tuple[str, int, 
         stay.append(("vLLM", (count + tied) * size + kept, f"its weights; keys and values of {rows} rows x "
                      f"({vllm.PROMPT_TOKENS} + {answer}) tokens at most: {_size(kept)}; without its draws"))  # fmt: skip
     turns = [
-        ("or: a pass", pass_bytes(model, at_once, prompt, answer), f"forward and backward of {at_once} answers x "
+        ("or: a pass", pass_bytes(model, at_once, prompt, answer, p.hardware.device), f"forward and backward of {at_once} answers x "
          f"{answer} tokens to a prompt of {prompt}, within 30 %"),
         ("or: an update", count * 4 * (1 + half), "the optimiser's float32 intermediates and gradients"),
     ]  # fmt: skip
@@ -113,7 +113,7 @@ def memory(p: config.Run, model: PreTrainedModel) -> tuple[list[tuple[str, int, 
     return [*(part for part in stay if part[1]), *sampling, *turns], sum(part[1] for part in stay) + largest
 
 
-def pass_bytes(model: PreTrainedModel, answers: int, prompt_tokens: int, answer_tokens: int) -> int:
+def pass_bytes(model: PreTrainedModel, answers: int, prompt_tokens: int, answer_tokens: int, device: str = "cuda") -> int:
     """About the most bytes alive at once while a prompt and its answers are trained on, beside weights and gradients.
 
     Of each token, a layer keeps four vectors as wide as the model and as its MLP, three as its heads, two of the model's
@@ -127,9 +127,10 @@ def pass_bytes(model: PreTrainedModel, answers: int, prompt_tokens: int, answer_
     layer = tokens * (size * (4 * c.hidden_size + 4 * c.intermediate_size + 3 * heads) + 2 * 4 * c.hidden_size)
     layer += answers * seen * size * (2 * heads + answer_tokens)
     logits = answers * answer_tokens * c.vocab_size * size
-    weights = c.vocab_size * c.hidden_size * (size if logits <= head.SLAB_BYTES else 2 * size + 4)
+    slab, chunk = head.sizes(device)
+    weights = c.vocab_size * c.hidden_size * (size if logits <= slab else 2 * size + 4)
     copies = 1 + (size < 4)
-    output = min(logits, head.SLAB_BYTES) + max(weights, min(copies * logits * 4 // size, copies * head.CHUNK_BYTES))
+    output = min(logits, slab) + max(weights, min(copies * logits * 4 // size, copies * chunk))
     return c.num_hidden_layers * layer + output
 
 

@@ -18,11 +18,10 @@ from torch.nn import functional
 from meml_lib.training.losses import Part, WeighedRow
 from meml_lib.training.policy import Row
 
-SLAB_BYTES = 256 * 2**20
+SLAB_BYTES, CUDA_SLAB_BYTES = 2**28, 2**30
 """Of a slab's logits, in the model's dtype; the more tokens, the faster the matrix products."""
-CHUNK_BYTES = 16 * 2**20
-"""Of a chunk of a slab in float32, about twice alive; glibc hands such sizes out again, larger ones come fresh from the
-system, page by page."""
+CHUNK_BYTES, CUDA_CHUNK_BYTES = 2**24, 2**28
+"""Of a chunk of a slab in float32, about twice alive. A CPU's stays in its caches; a GPU needs many rows to be busy."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,8 @@ class _InSlabs(torch.autograd.Function):
             return x_cF if weight_VF is None else functional.linear(x_cF, weight_VF, bias_V)
 
         wide = x_nF.shape[-1] if weight_VF is None else len(weight_VF)
-        slab, chunk = max(1, SLAB_BYTES // (wide * x_nF.itemsize)), max(1, CHUNK_BYTES // (wide * 4))
+        slab_bytes, chunk_bytes = sizes(x_nF.device.type)
+        slab, chunk = max(1, slab_bytes // (wide * x_nF.itemsize)), max(1, chunk_bytes // (wide * 4))
         total, grad_x, grad_weight, grad_bias = 0.0, torch.empty_like(x_nF), None, None
         for start in range(0, len(x_nF), slab):
             x_sF = x_nF[start : start + slab]
@@ -162,6 +162,11 @@ class _InSlabs(torch.autograd.Function):
         grad_x, *outer = ctx.saved_tensors
         grad_weight, grad_bias = (g if g is None else g.mul_(grad).to(ctx.dtype) for g in outer)
         return grad_x.mul_(grad), grad_weight, grad_bias, None
+
+
+def sizes(device: str) -> tuple[int, int]:
+    """Bytes of a slab and of a chunk on this type of device."""
+    return (SLAB_BYTES, CHUNK_BYTES) if device == "cpu" else (CUDA_SLAB_BYTES, CUDA_CHUNK_BYTES)
 
 
 def _plus(total: Tensor | None, more: Tensor) -> Tensor:

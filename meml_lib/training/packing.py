@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from meml_lib.training.policy import Policy, Row
@@ -24,6 +25,8 @@ Head = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 model holds hidden states [n, H]; or its logits [n, V], and then there is no weight."""
 
 _ATTENTION = "meml_packed"
+# All but cuDNN's, which plans anew for each shape, and a pass's shapes are its own.
+_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _TESTED = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -111,7 +114,8 @@ def packed_attention(model: PreTrainedModel) -> Iterator[None]:
     if packs(model):
         model.config._attn_implementation = _ATTENTION
     try:
-        yield
+        with sdpa_kernel(_BACKENDS):
+            yield
     finally:
         model.config._attn_implementation = before
 
