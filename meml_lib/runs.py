@@ -41,7 +41,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "pandas",
 class RunFolder:
     """Where one stage of one run (or one job) keeps its results.
 
-    tables/NAME.parquet, metrics.jsonl (one record a step), model/; values, manifest, status and progress (.json).
+    tables/NAME.parquet, metrics.jsonl (one record a step), model/, checkpoints/; values, manifest, status and progress (.json).
     """
 
     def __init__(self, path: str | Path):
@@ -76,10 +76,14 @@ class RunFolder:
         """
         if odd := not_finite(record):
             raise ValueError(f"metric {odd}: must be finite")
+        self.append("metrics", [dict(record)])
+
+    def append(self, name: str, records: Iterable[Any]) -> None:
+        """Add lines to NAME.jsonl. Raises: ValueError for nan or infinity."""
         self.path.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(dict(record), allow_nan=False) + "\n"
-        with open(self.path / "metrics.jsonl", "ab", buffering=0) as file:  # one write call: a line or nothing
-            file.write(line.encode())
+        lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+        with open(self.path / f"{name}.jsonl", "ab", buffering=0) as file:  # one write call: the lines or nothing
+            file.write(lines.encode())
 
     def read_metrics(self) -> pd.DataFrame:
         """One row a step. Raises: FileNotFoundError where no step has been recorded."""
@@ -195,8 +199,9 @@ class InUse(RuntimeError):
 
 
 @contextmanager
-def locked(file: Path, what: str, wait_s: float = 0.0) -> Iterator[None]:
-    """Hold a lock for the block; the system drops it when the process ends, however it ends.
+def locked(file: Path, what: str, wait_s: float = 0.0) -> Iterator[int]:
+    """Hold a lock for the block; the system drops it when the process ends, however it ends. Yields its file's handle: a
+    child that inherits it holds the lock too.
 
     Raises: InUse, with the holder's process id, if it is still held after wait_s seconds (math.inf: wait, and say so).
     """
@@ -219,7 +224,7 @@ def locked(file: Path, what: str, wait_s: float = 0.0) -> Iterator[None]:
                 time.sleep(0.2)
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
-        yield
+        yield handle
     finally:
         os.close(handle)
 

@@ -546,6 +546,20 @@ class EvaluateParams(Section):
 Tracker = Literal["tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio"]
 
 
+class CheckpointParams(Section):
+    """What a training that is killed goes on from; changes no update."""
+
+    every: PositiveInt | None
+    """Steps between checkpoints; there is one after the last step too, and one on SIGTERM. null: none at all."""
+    kept: PositiveInt
+    """The newest ones, while it trains."""
+    kept_when_done: NonNegativeInt
+    """The same once the stage is done: for go_on."""
+    go_on: bool
+    """true: a stage whose steps, stop_at, lr or its schedule were changed goes on from its last checkpoint, and the manifest
+    says so; false: it is trained anew."""
+
+
 class HardwareParams(Section):
     """Where and how the work runs; changes no update."""
 
@@ -562,6 +576,7 @@ class HardwareParams(Section):
     """A notebook's cell that runs longer fails its job, when run by `meml run`; null: never."""
     job_timeout_s: PositiveFloat | None
     """The same for a whole job (one notebook)."""
+    checkpoints: CheckpointParams
 
 
 class TrackingParams(Section):

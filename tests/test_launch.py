@@ -223,7 +223,7 @@ def test_reasons_name_values_versions_code_and_inputs():
 def test_code_edited_since_the_kernel_loaded_it_trains_in_a_process_of_its_own(run, monkeypatch):
     seen = []
     monkeypatch.setattr(launch, "_CODE_AT_IMPORT", {"training/losses.py": "older"})
-    monkeypatch.setattr(launch, "_train_in_processes", lambda stage, p, folder, show: seen.append(stage))
+    monkeypatch.setattr(launch, "_train_in_processes", lambda stage, p, folder, show, lock: seen.append(stage))
     with pytest.raises(RuntimeError, match="not complete"):
         launch.train("mef", run())
     assert seen == ["mef"]
@@ -239,7 +239,9 @@ print("hello from", rank, flush=True)
 if rank == "1" and p.seed == 13:
     raise ValueError("rank 1 broke")
 if rank == "0":
-    RunFolder(p.folder(sys.argv[1])).append_metrics({"step": 0, "loss": 0.5})
+    folder = RunFolder(p.folder(sys.argv[1]))
+    folder.append_metrics({"step": 0, "loss": 0.5})
+    folder.write_json("progress", {"steps": 1, "doing": "training"})
 """
 
 

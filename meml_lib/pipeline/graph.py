@@ -90,6 +90,8 @@ class Job:
         if self.stage:
             status = RunFolder(self.run.folder(self.stage)).status
             why = keys.reasons(status.get("parts"), trained_with or self.stage_parts())
+            if status.get("continued") and not self.run.hardware.checkpoints.go_on:
+                why.append(f"it went on with other values ({'; '.join(status['continued'])})")
             if status["state"] != "done" or why:
                 return [f"no {self.stage} result of these values and this code: {'; '.join(why) or status['message']}"]
             faults = outputs.stage_faults(self.stage, self.run)

@@ -16,16 +16,21 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meml_lib import config, runs
+from meml_lib import config, runs, schema
 from meml_lib.analysis import signs
 from meml_lib.pipeline import keys, outputs, processes, reach, watch
 from meml_lib.runs import RunFolder
+from meml_lib.training import checkpoints
 
 if TYPE_CHECKING:
     import pandas as pd
 
 CURVE_EVERY_S = 3.0
 STAGE = keys.STAGE
+GO_ON = ("steps", "epochs", "lr", "warmup_steps", "decay", "stop_at")
+"""Values of a stage with which it may go on from a checkpoint that others led to."""
+KEPT = ("checkpoints", "metrics.jsonl", "rollouts.jsonl", "tracking")
+"""What a training that goes on needs of its folder."""
 
 
 def _code() -> dict[str, str]:
@@ -46,27 +51,41 @@ def train(stage: config.Stage, p: config.Run) -> pd.DataFrame:
     """
     watch.check_packages(p)
     folder = RunFolder(p.folder(stage))
-    with runs.locked(folder.path.parent / f".{folder.path.name}.lock", str(folder.path), wait_s=math.inf):
+    with runs.locked(folder.path.parent / f".{folder.path.name}.lock", str(folder.path), wait_s=math.inf) as lock:
         if stage == "riel":
             _check_stage1(p)
         parts = keys.stage_parts(stage, p)
         status = folder.status
         why = keys.reasons(status.get("parts"), parts)
+        going_on, changed = _goes_on(stage, p, status, parts)
+        if status.get("continued") and not p.hardware.checkpoints.go_on:
+            why.append(f"it went on with other values ({'; '.join(status['continued'])})")
         if status["state"] == "done" and not why:
             why = outputs.stage_faults(stage, p)
             if not why:
                 print(f"{stage}: nothing to train, {folder.path} holds this result ({status['message']})")
+                _keep_when_done(folder, p.hardware.checkpoints.kept_when_done)
                 return folder.read_metrics()
         elif status["state"] in ("running", "failed"):
             why = [f"the last training did not end well ({status['message'] or status['state']})", *why]
         if not _alone(p):
             _check_port(p)
         print(f"{stage}: training in {folder.path}, because " + "; ".join(why[:8]) + ("; ..." if why[8:] else ""))
-        _clear_aside(folder)
-        folder.set_status("running", f"process {os.getpid()} is training", parts=parts)  # first: whose folder it is
+        continued = [*status.get("continued", []), *changed] if going_on else []
+        known = (folder.path / "manifest.json").is_file()  # a training killed at its very start has none
+        earlier = folder.read_json("manifest").get("resumed", []) if going_on and known else []
+        if not going_on:
+            _clear_aside(folder)
+        elif status["state"] == "done":
+            _copy_aside(folder, parts, continued)
+        facts = {"parts": parts} | ({"continued": continued} if continued else {})
+        folder.set_status("running", f"process {os.getpid()} is training", **facts)  # first: whose folder it is
+        if going_on:
+            _clear_all_but_checkpoints(folder)
         folder.write_json("values", p.model_dump(mode="json"))
         parents = [config.label_of(p.folder("mef"))] if stage == "riel" else []
-        runs.write_manifest(folder, stage=stage, seed=p.seed, inputs=parts["inputs"], parents=parents)
+        resumed = {"resumed": earlier, "continued": continued} if going_on else {}
+        runs.write_manifest(folder, stage=stage, seed=p.seed, inputs=parts["inputs"], parents=parents, **resumed)
         started = time.monotonic()
         try:
             with closing(_Display(stage, p, folder)) as display:
@@ -75,18 +94,74 @@ def train(stage: config.Stage, p: config.Run) -> pd.DataFrame:
 
                     stages.run(stage, p, display.show)
                 else:
-                    _train_in_processes(stage, p, folder, display.show)
+                    _train_in_processes(stage, p, folder, display.show, lock)
             faults = outputs.stage_faults(stage, p)
             if faults:
                 raise RuntimeError(f"{stage} ended, but its results are not complete: " + "; ".join(faults))
         except BaseException as error:
             with suppress(OSError):  # on a full disk "running" stays, by a process that is gone
-                folder.set_status("failed", f"{type(error).__name__}: {error}", parts=parts)
+                folder.set_status("failed", f"{type(error).__name__}: {error}", **facts)
             raise
         seconds = round(time.monotonic() - started, 1)
         runs.end_manifest(folder, wall_s=seconds)
-        folder.set_status("done", f"trained in {seconds:g} s", parts=parts)
+        folder.set_status("done", f"trained in {seconds:g} s", **facts)
+        _keep_when_done(folder, p.hardware.checkpoints.kept_when_done)
         return folder.read_metrics()
+
+
+def _goes_on(stage: str, p: config.Run, status: dict[str, Any], parts: keys.Parts) -> tuple[bool, list[str]]:
+    """Whether training goes on from a checkpoint in the folder, and which values were others before it.
+
+    Raises: RuntimeError where hardware.checkpoints.go_on asks for it and something else has changed, or none is there.
+    """
+    before, there = status.get("parts"), any((p.folder(stage) / "checkpoints").glob("step-*"))
+    if before is None:
+        return False, []
+    changed = keys.reasons({"values": before["values"]}, {"values": parts["values"]})
+    if not keys.reasons(before, parts):
+        return there and status["state"] != "done", []
+    if not p.hardware.checkpoints.go_on:
+        return False, []
+    may = {f"{stage}.{name}" for name in GO_ON} | {f"{stage}.stop_at.{name}" for name in schema.StopAtParams.model_fields}
+    others = [line for line in keys.reasons(before, parts) if line.partition(": ")[0] not in may]
+    if others:
+        todo = "set it to false to train anew, or change back"
+        raise RuntimeError(f"hardware.checkpoints.go_on=true, but more has changed than {', '.join(GO_ON)}: "
+                           f"{'; '.join(others[:4])}; {todo}")  # fmt: skip
+    if not there:
+        raise RuntimeError(f"hardware.checkpoints.go_on=true, but {p.folder(stage)} holds no checkpoint (kept_when_done keeps "
+                           "some); set it to false to train anew")  # fmt: skip
+    return True, changed
+
+
+def _copy_aside(folder: RunFolder, parts: keys.Parts, continued: list[str]) -> None:
+    """Keep a complete result as NAME.old, and go on in a copy of its checkpoints."""
+    old, new = (folder.path.with_name(name) for name in (f"{folder.path.name}.old", f".{folder.path.name}.next"))
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    for name in KEPT:
+        source = folder.path / name
+        if source.is_dir():
+            shutil.copytree(source, new / name)
+        elif source.is_file():
+            shutil.copy2(source, new / name)
+    RunFolder(new).set_status("failed", "about to go on", parts=parts, continued=continued)
+    shutil.rmtree(old, ignore_errors=True)
+    folder.path.rename(old)
+    new.rename(folder.path)
+
+
+def _clear_all_but_checkpoints(folder: RunFolder) -> None:
+    for place in folder.path.iterdir():
+        if place.name not in (*KEPT, "status.json", "manifest.json"):
+            shutil.rmtree(place) if place.is_dir() else place.unlink()
+
+
+def _keep_when_done(folder: RunFolder, count: int) -> None:
+    """Checkpoints are large; the rollouts' lines stand in a table too."""
+    checkpoints.prune(folder.path / "checkpoints", count)
+    if not count:
+        (folder.path / "rollouts.jsonl").unlink(missing_ok=True)
 
 
 def _check_stage1(p: config.Run) -> None:
@@ -123,8 +198,13 @@ def _clear_aside(folder: RunFolder) -> None:
 # --- in processes of their own ----------------------------------------------------------------------------------------
 
 
-def _train_in_processes(stage: str, p: config.Run, folder: RunFolder, show: Callable[[dict], None]) -> None:
-    """Start one process for each rank, pass rank 0's lines on, and end them all if anything goes wrong."""
+def _train_in_processes(
+    stage: str, p: config.Run, folder: RunFolder, show: Callable[[dict], None], lock: int | None = None
+) -> None:
+    """Start one process for each rank, pass rank 0's lines on, and end them all if anything goes wrong.
+
+    Args: lock: which the processes hold on to: where this one is killed, they may still be writing a checkpoint.
+    """
     logs = folder.path / "logs"
     logs.mkdir()
     threads = str(p.hardware.threads or max(1, runs.cores() // p.hardware.processes))
@@ -136,6 +216,7 @@ def _train_in_processes(stage: str, p: config.Run, folder: RunFolder, show: Call
             env=os.environ | {"OMP_NUM_THREADS": threads},
             start_new_session=True,  # a group of its own, that can be ended as one
             preexec_fn=processes.with_parent(),
+            pass_fds=() if lock is None else (lock,),
         )
     seen = read = 0
     try:
@@ -143,7 +224,7 @@ def _train_in_processes(stage: str, p: config.Run, folder: RunFolder, show: Call
         while not ended:
             time.sleep(0.2)
             ended = process.poll() is not None
-            records, seen = folder.metrics_from(seen)
+            records, seen = folder.metrics_from(seen) if folder.progress else ([], 0)  # not before it is cut back
             for record in records:
                 show(record)
             lines, read = runs.lines_from(logs / "launcher.log", read)

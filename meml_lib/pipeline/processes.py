@@ -31,7 +31,7 @@ def with_parent(number: int = signal.SIGTERM) -> Callable[[], None]:
     return partial(end_with_parent, os.getpid(), number)
 
 
-def end_group(process: subprocess.Popen, patience_s: float = 15.0) -> None:
+def end_group(process: subprocess.Popen, patience_s: float = 8.0) -> None:
     """End a process that was started in a session of its own, and all in it; with force after patience_s seconds."""
     until = time.monotonic() + patience_s
     try:

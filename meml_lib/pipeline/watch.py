@@ -110,11 +110,13 @@ class _Running:
         newer = stage is not None and _changed(stage.path / "status.json") > self._since
         if not newer or stage.status["state"] != "running":
             return []
+        self._doing = stage.progress.get("doing", "")
+        if not self._doing:  # what stands there may still be cut back to a checkpoint
+            return []
         records, self._offset = stage.metrics_from(self._offset)
         if records:
             self._step = records[-1]["step"] + 1, stage.progress.get("steps", 0)
             self._pace.see(self._step[0])
-        self._doing = stage.progress.get("doing", "")
         return [sign for record in records for sign in self._signs.see(record)] if self._signs else []
 
     def _read_cell(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -46,10 +46,45 @@ class Learner:
         named = [(n, p) for n, p in policy.model.named_parameters() if p.requires_grad]
         # A bfloat16 weight keeps 8 bits: an update of 1e-5 on a weight of 0.05 would round away. The optimiser
         # therefore works on float32 copies, which are rounded into the weights after each step.
+        self._names = [n for n, _ in named]
         self._masters = [p.detach().float() if p.dtype != torch.float32 else p for _, p in named]
         self._copies = [(p, m) for (_, p), m in zip(named, self._masters, strict=True) if m is not p]
-        self._optimizers = _optimizers(params, [n for n, _ in named], self._masters)
+        self._optimizers = _optimizers(params, self._names, self._masters)
         self._steps, self._done = steps, 0
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, int]]:
+        """What `restore` goes on from: the weights as the optimiser has them (float32), its moments, and the schedule's place."""
+        moments = {
+            f"{k}.{n}.{name}": value
+            for k, optimizer in enumerate(self._optimizers)
+            for n, of_weight in optimizer.state_dict()["state"].items()
+            for name, value in of_weight.items()
+        }
+        return dict(zip(self._names, self._masters, strict=True)), moments, {"done": self._done}
+
+    def restore(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], place: Mapping[str, int]) -> None:
+        """Go on from what `state` gave, with this learner's own learning rate and length of schedule.
+
+        Raises: ValueError if the weights have other names or shapes.
+        """
+        have = {name: tuple(weight.shape) for name, weight in zip(self._names, self._masters, strict=True)}
+        if have != {name: tuple(weight.shape) for name, weight in weights.items()}:
+            odd = sorted(name for name in have.keys() | weights.keys()
+                         if name not in have or name not in weights or have[name] != tuple(weights[name].shape))  # fmt: skip
+            raise ValueError(f"the checkpoint's weights are another model's: {', '.join(odd[:3])} ({len(odd)} differ)")
+        with torch.no_grad():
+            for name, master in zip(self._names, self._masters, strict=True):
+                master.copy_(weights[name])
+            for parameter, copy in self._copies:
+                parameter.copy_(copy)
+        for k, optimizer in enumerate(self._optimizers):
+            told, of_weights = optimizer.state_dict(), {}
+            for key, value in moments.items():
+                at, n, name = key.split(".", 2)
+                if int(at) == k:
+                    of_weights.setdefault(int(n), {})[name] = value
+            optimizer.load_state_dict({"state": of_weights, "param_groups": told["param_groups"]})
+        self._done = place["done"]
 
     @property
     def lr(self) -> float:
@@ -137,6 +172,10 @@ class Learner:
         loss = AnswerLoss(parts, scales, rows, uses, best_rows, best)
         self.accelerator.backward(packing.run(self.policy, self.model, rows, loss))
         return loss.losses
+
+    def anywhere(self, here: bool) -> bool:
+        """Whether it is so in any process; to be asked in all."""
+        return self._over_processes([float(here)], "max")[0] > 0
 
     def _over_processes(self, values: list[float], how: str = "sum") -> list[float]:
         if self.accelerator.num_processes == 1:

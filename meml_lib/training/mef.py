@@ -78,18 +78,19 @@ def steps_of(params: MefParams, rows: int) -> int:
     return params.steps or max(1, math.ceil(params.epochs * rows / params.answers_per_step))
 
 
-def train(params: MefParams, learner: Learner, rows: Sequence[Row], *, seed: int) -> Iterator[dict]:
+def train(params: MefParams, learner: Learner, rows: Sequence[Row], *, seed: int, start: int = 0) -> Iterator[dict]:
     """Train on shuffled passes over the rows; one record a step.
 
+    Args: start: steps that are done already.
     Raises: ValueError if there are fewer rows than params.answers_per_step.
     """
     if len(rows) < params.answers_per_step:
         raise ValueError(f"stage 1 has {len(rows)} answers, fewer than mef.answers_per_step={params.answers_per_step}")
     rank, processes = learner.accelerator.process_index, learner.accelerator.num_processes
     stream = batches(len(rows), params.answers_per_step, seed=seed)
-    for step in range(steps_of(params, len(rows))):
+    for step, numbers in enumerate(itertools.islice(stream, start, steps_of(params, len(rows))), start):
         started = time.perf_counter()
-        batch = [rows[n] for n in next(stream)]
+        batch = [rows[n] for n in numbers]
         lr = learner.lr
         record = learner.update([losses.mef(batch[rank::processes])])
         seconds = time.perf_counter() - started

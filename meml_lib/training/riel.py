@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,14 +34,20 @@ class Step:
     """One line of metrics.jsonl; the README's glossary gives each unit."""
     rollouts: list[dict]
     """The answers table of all processes, with `step`."""
+    state: dict
+    """What `train` goes on from after this step, beside the learner's own; plain values."""
 
 
-def train(p: RunParams, policy: Policy, learner: Learner, task: Task, panel: Sequence[Expert]) -> Iterator[Step]:
+def train(
+    p: RunParams, policy: Policy, learner: Learner, task: Task, panel: Sequence[Expert], state: dict | None = None
+) -> Iterator[Step]:
     """MEML-GRPO, arXiv 2508.09670: eq. 5-10 and the hard-example buffer. Yields after each step's update; ends
     after `riel.steps` of them, or once a budget of `riel.stop_at` is spent.
 
     Each process takes its share of the step's questions; the buffer, the losses' denominators, the metrics and the
     random draws are those of all processes together.
+
+    Args: state: of the step to go on from, see `Step.state`.
     """
     objective, group, seed = p.riel.objective, p.riel.rollouts_per_expert, p.seed
     rank, processes = learner.accelerator.process_index, learner.accelerator.num_processes
@@ -49,13 +56,18 @@ def train(p: RunParams, policy: Policy, learner: Learner, task: Task, panel: Seq
     systems = {expert.name: expert.system for expert in panel}
     hard = objective.buffer_sft
     buffer = hard and HardExampleBuffer(hard.capacity, hard.wrong_over, group)
-    stream, flushes = batches(len(questions), p.riel.questions_per_step, seed=seed), 0
-    spent = {"rollouts": 0, "ground_truth_items": 0, "update_tokens": 0}
+    state = state or {"steps": 0, "held": [], "flushes": 0, "spent": dict.fromkeys(dict(p.riel.stop_at), 0)}
+    stream = itertools.islice(batches(len(questions), p.riel.questions_per_step, seed=seed), state["steps"], p.riel.steps)
+    flushes, spent = state["flushes"], dict(state["spent"])
+    if hard:
+        buffer.held += map(tuple, state["held"])
     if p.riel.questions_per_step < processes:
         raise ValueError(f"riel.questions_per_step={p.riel.questions_per_step} must be >= the {processes} processes")
 
-    for step in range(p.riel.steps):
-        batch = [questions[n] for n in next(stream)]
+    for step, numbers in enumerate(stream, start=state["steps"]):
+        if any(most is not None and spent[budget] >= most for budget, most in p.riel.stop_at):
+            return
+        batch = [questions[n] for n in numbers]
         share = batch[rank::processes]
         started = time.perf_counter()
         asked = ask(policy, task, panel, share, p.sampling, rollouts=group, key=(seed, step))
@@ -108,9 +120,8 @@ def train(p: RunParams, policy: Policy, learner: Learner, task: Task, panel: Seq
             "train_seconds": trained - sampled,
             "train_tokens_per_s": tokens_in_updates / (trained - sampled),
         }
-        yield Step(metrics, rollouts)
-        if any(most is not None and spent[budget] >= most for budget, most in p.riel.stop_at):
-            return
+        held = list(buffer.held) if hard else []
+        yield Step(metrics, rollouts, {"steps": step + 1, "held": held, "flushes": flushes, "spent": dict(spent)})
 
 
 def summary(rollouts: Sequence[dict], panel: Sequence[Expert], group: int) -> dict[str, float]:

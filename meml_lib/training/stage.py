@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
 
-from meml_lib import config, experts, tasks
+from meml_lib import config, experts, runs, tasks
 from meml_lib.rollouts import vllm
 from meml_lib.runs import RunFolder
 from meml_lib.schema import MefParams, OptimizerParams, RielParams
-from meml_lib.training import evaluate, mef, policy, riel
+from meml_lib.training import checkpoints, evaluate, mef, policy, riel
 from meml_lib.training.learner import Learner
 from meml_lib.training.profile import profiled
 
@@ -29,14 +33,19 @@ if TYPE_CHECKING:
     import pandas as pd
 
 OnRecord = Callable[[dict], None]
+APPENDED = {"metrics": "metrics_bytes", "rollouts": "rollouts_bytes"}
+"""Files that grow with every step (.jsonl), and where a checkpoint says how many of their bytes belong to it."""
 
 
 def run(stage: config.Stage, p: config.Run, on_record: OnRecord | None = None) -> None:
     """Train one stage and write its folder: metrics.jsonl, tables, model.
 
+    Goes on from the newest whole checkpoint that the folder holds. On SIGTERM it writes one after the step under way, and
+    then ends as SIGTERM would have ended it.
+
     Args:
       p: the run; stage 1's model is read from `p.folder("mef")` for "riel".
-      on_record: called with each step's record, in the main process.
+      on_record: called with each step's record, in the main process; those from before a checkpoint come first.
     Raises: FileNotFoundError if stage 2 finds no model of stage 1.
     """
     folder = RunFolder(p.folder(stage))
@@ -51,10 +60,16 @@ def run(stage: config.Stage, p: config.Run, on_record: OnRecord | None = None) -
             folder.write_json("progress", {"steps": begun.count, "doing": what})
 
     learned, validate_every = begun.learned, begun.params.validate_every
-    doing("training")
     best = Best(learned, begun.params.patience)
-    with _trackers(p, accelerator):
-        for record in profiled(begun.steps, p.tracking.profile_steps, folder.path / "profile", accelerator):
+    keeping = _Keeping(p, folder, accelerator, begun.learner, best)
+    state = keeping.restore()
+    if accelerator.is_main_process and on_record:
+        for record in folder.metrics_from(0)[0]:
+            on_record(record)
+    doing("training")
+    steps = () if best.exhausted else begun.steps(state)
+    with _trackers(p, accelerator), _sigterm() as terminated:
+        for record in profiled(map(keeping.see, steps), p.tracking.profile_steps, folder.path / "profile", accelerator):
             if validate_every and (record["step"] + 1) % validate_every == 0:
                 record |= evaluate.accuracy(evaluate.greedy(p, learned, task, panel, accelerator, "validation"))
                 best.see(record["validation_accuracy"])
@@ -63,8 +78,14 @@ def run(stage: config.Stage, p: config.Run, on_record: OnRecord | None = None) -
                 accelerator.log({k: v for k, v in record.items() if v is not None and k != "step"}, record["step"])
                 if on_record:
                     on_record(record)
-            if best.exhausted:
+            ending = begun.learner.anywhere(terminated.is_set())
+            if keeping.due or ending:
+                keeping.write()
+            if ending:
+                terminated.set()
+            if best.exhausted or ending:
                 break
+        keeping.write()  # evaluation may be cut off too
     best.restore()
 
     doing("evaluating")
@@ -77,6 +98,111 @@ def run(stage: config.Stage, p: config.Run, on_record: OnRecord | None = None) -
     if p.sampling.engine == "vllm":
         vllm.stop()
     accelerator.end_training()
+
+
+class _Keeping:
+    """A stage's checkpoints, and the way back from one. Every method is called in every process."""
+
+    def __init__(self, p: config.Run, folder: RunFolder, accelerator: Accelerator, learner: Learner, best: Best):
+        self._params, self._folder, self._accelerator = p.hardware.checkpoints, folder, accelerator
+        self._learner, self._best, self._state, self._kept_at = learner, best, None, 0
+
+    def see(self, step: tuple[dict, dict]) -> dict:
+        """Note where to go on from after a step; its record."""
+        record, self._state = step
+        return record
+
+    @property
+    def due(self) -> bool:
+        return self._params.every is not None and self._state["steps"] % self._params.every == 0
+
+    def write(self) -> None:
+        """Keep what the last step led to, unless it is kept, or nothing is to be."""
+        if self._params.every is None or self._state is None or self._kept_at == self._state["steps"]:
+            return
+        self._kept_at = self._state["steps"]
+        weights, moments, place = self._learner.state()
+        best, numbers = self._best.state()
+        random = gather_object([_random_state(self._accelerator)])
+        if self._accelerator.is_main_process:
+            sizes = {key: _size(self._folder.path / f"{name}.jsonl") for name, key in APPENDED.items()}
+            checkpoints.write(
+                self._folder.path / "checkpoints",
+                self._kept_at,
+                {"weights": weights, "optimizer": moments, "best": best, "random": {k: v for r in random for k, v in r.items()}},
+                {"train": self._state, "learner": place, "best": numbers, **sizes},
+                kept=self._params.kept,
+            )
+        self._accelerator.wait_for_everyone()  # a process that ends first would take the writer with it
+
+    def restore(self) -> dict | None:
+        """Go back to the newest whole checkpoint. Returns: where the training goes on from; None: at its start."""
+        found: list[Any] = [None]
+        if self._accelerator.is_main_process:
+            path = self._folder.path
+            fits = {path / f"{name}.jsonl": key for name, key in APPENDED.items()}
+            checkpoint, refused = checkpoints.newest(path / "checkpoints", fits=fits)
+            for file, key in fits.items():
+                if file.is_file():
+                    os.truncate(file, checkpoint.state[key] if checkpoint else 0)
+            for why in refused:
+                print(why, flush=True)
+            if checkpoint or refused:
+                self._tell(checkpoint.state["train"]["steps"] if checkpoint else 0, refused)
+            found = [checkpoint]
+        (checkpoint,) = broadcast_object_list(found)
+        if checkpoint is None:
+            return None
+        self._learner.restore(checkpoint.tensors("weights"), checkpoint.tensors("optimizer"), checkpoint.state["learner"])
+        self._best.go_on(checkpoint.tensors("best"), checkpoint.state["best"])
+        _set_random_state(self._accelerator, checkpoint.tensors("random"))
+        self._state = checkpoint.state["train"]
+        self._kept_at = self._state["steps"]
+        return self._state
+
+    def _tell(self, steps: int, refused: list[str]) -> None:
+        print(f"goes on after step {steps}" + ("" if steps else ", its start: no checkpoint is whole"), flush=True)
+        if (self._folder.path / "manifest.json").is_file():
+            manifest = self._folder.read_json("manifest")
+            resumed = [*manifest.get("resumed", []), {"after_steps": steps, "refused": refused}]
+            self._folder.write_json("manifest", manifest | {"resumed": resumed})
+
+
+def _random_state(accelerator: Accelerator) -> dict[str, torch.Tensor]:
+    """torch's generators in this process, which dropout draws from; all else is drawn by a key of its own."""
+    rank, states = accelerator.process_index, {"cpu": torch.get_rng_state()}
+    if accelerator.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(accelerator.device)
+    return {f"{rank}.{name}": state for name, state in states.items()}
+
+
+def _set_random_state(accelerator: Accelerator, states: dict[str, torch.Tensor]) -> None:
+    """A process that was not there before keeps the state that the seed gave it."""
+    rank = accelerator.process_index
+    if f"{rank}.cpu" in states:
+        torch.set_rng_state(states[f"{rank}.cpu"])
+    if f"{rank}.cuda" in states and accelerator.device.type == "cuda":
+        torch.cuda.set_rng_state(states[f"{rank}.cuda"], accelerator.device)
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.is_file() else 0
+
+
+@contextmanager
+def _sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets; once the block has ended, the signal does what it did before."""
+    came = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # where Python takes no signals
+        yield came
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: came.set())
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if came.is_set():
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager
@@ -97,13 +223,14 @@ class _Begun:
     """A stage that is ready to train."""
 
     learned: policy.Policy
+    learner: Learner
     params: MefParams | RielParams
     count: int
     """Of the steps, if nothing stops it early."""
-    steps: Iterator[dict]
-    """Trains as it is read: each step's record."""
+    steps: Callable[[dict | None], Iterator[tuple[dict, dict]]]
+    """From where to go on (None: the start) to each step's record, and where to go on from after it; trains as it is read."""
     tables: Callable[[], dict[str, pd.DataFrame]]
-    """The stage's own tables of what was trained; called in every process."""
+    """The stage's own tables of what was trained; called in every process, and good in the main one."""
 
 
 def _mef(p: config.Run, task: tasks.Task, panel: experts.Panel, accelerator: Accelerator) -> _Begun:
@@ -122,10 +249,14 @@ def _mef(p: config.Run, task: tasks.Task, panel: experts.Panel, accelerator: Acc
     count = mef.steps_of(p.mef, len(rows))
     learner = learner_of(p, p.mef, learned, accelerator, steps=count)
 
+    def steps(state: dict | None) -> Iterator[tuple[dict, dict]]:
+        for record in mef.train(p.mef, learner, rows, seed=p.seed, start=state["steps"] if state else 0):
+            yield record, {"steps": record["step"] + 1}
+
     def tables() -> dict[str, pd.DataFrame]:
         return {"prompt_teacher": evaluate.prompt_teacher(p, learned, task, panel, compared, accelerator)}
 
-    return _Begun(learned, p.mef, count, mef.train(p.mef, learner, rows, seed=p.seed), tables)
+    return _Begun(learned, learner, p.mef, count, steps, tables)
 
 
 def _riel(p: config.Run, task: tasks.Task, panel: experts.Panel, accelerator: Accelerator) -> _Begun:
@@ -134,9 +265,23 @@ def _riel(p: config.Run, task: tasks.Task, panel: experts.Panel, accelerator: Ac
         raise FileNotFoundError(f"{trained} is missing: train stage 1 first (notebook 02_mef or launch.train)")
     learned = policy.load_trained(trained, p.model, device=str(accelerator.device), seed=p.seed)
     learner = learner_of(p, p.riel, learned, accelerator, steps=p.riel.steps)
-    rollouts: list[dict] = []
-    steps = _keeping(rollouts, riel.train(p, learned, learner, task, panel))
-    return _Begun(learned, p.riel, p.riel.steps, steps, lambda: {"rollouts": _table(rollouts)})
+    folder = RunFolder(p.folder("riel"))
+
+    def steps(state: dict | None) -> Iterator[tuple[dict, dict]]:
+        for step in riel.train(p, learned, learner, task, panel, state):
+            if accelerator.is_main_process:
+                folder.append("rollouts", step.rollouts)
+            yield step.metrics, step.state
+
+    def tables() -> dict[str, pd.DataFrame]:
+        import pandas as pd
+
+        if not accelerator.is_main_process:
+            return {}
+        lines, _ = runs.lines_from(folder.path / "rollouts.jsonl", 0)
+        return {"rollouts": pd.DataFrame(map(json.loads, lines)).astype({"correct": "boolean"})}
+
+    return _Begun(learned, learner, p.riel, p.riel.steps, steps, tables)
 
 
 def accelerator_of(p: config.Run, **tracking: Any) -> Accelerator:
@@ -185,6 +330,13 @@ class Best:
         else:
             self._waited += 1
 
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """What `go_on` takes."""
+        return self._weights or {}, {"accuracy": self._accuracy, "waited": self._waited}
+
+    def go_on(self, weights: dict[str, torch.Tensor], numbers: dict[str, float]) -> None:
+        self._weights, self._accuracy, self._waited = weights or None, numbers["accuracy"], numbers["waited"]
+
     def restore(self) -> None:
         """Put the best weights back, if any were kept."""
         if self._weights is not None:
@@ -202,18 +354,6 @@ def learner_of(
         max_answer_tokens=p.sampling.max_answer_tokens,
         micro_batch_tokens=p.hardware.micro_batch_tokens,
     )
-
-
-def _keeping(rollouts: list[dict], steps: Iterator[riel.Step]) -> Iterator[dict]:
-    for step in steps:
-        rollouts += step.rollouts
-        yield step.metrics
-
-
-def _table(rows: list[dict]) -> pd.DataFrame:
-    import pandas as pd
-
-    return pd.DataFrame(rows).astype({"correct": "boolean"})
 
 
 if __name__ == "__main__":
