@@ -17,7 +17,7 @@ from meml_lib import config, experts, runs, schema, tasks
 from meml_lib.analysis import claims, report
 from meml_lib.experts import collect
 from meml_lib.pipeline import graph, launch
-from meml_lib.training import dryrun, policy, stage
+from meml_lib.training import dryrun, policy
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "meml_lib"
@@ -91,8 +91,8 @@ def train(folder: Path) -> None:
     """Both stages, and what is said of them before and after."""
     small = {"mef.steps": 2, "riel.steps": 1, "riel.validate_every": 1}
     p = config.load_run("params/smoke.yaml", small, run_dir=folder / "run")
-    stage.run("mef", p)
-    stage.run("riel", p)
+    for which, more in (("mef", {}), ("riel", {}), ("riel", {"riel.steps": 2})):
+        launch.train(which, config.load_run("params/smoke.yaml", small | more, run_dir=folder / "run"))
     many = config.load_run("params/smoke.yaml", {"hardware.processes": 2, "hardware.device": "cuda"})
     launch._command(many, folder, [])
     study = config.load_study("params/studies/smoke.yaml", reports_dir=folder)
