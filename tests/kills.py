@@ -1,13 +1,15 @@
 """A study killed at random moments and started again ends with the numbers of one that nothing disturbed.
 
-    .venv/bin/python tests/kills.py [--kills 20] [--seed 0] [--study params/studies/demo-short.yaml]
+    .venv/bin/python tests/kills.py [--kills 50] [--seed 0] [--study params/studies/demo-short.yaml] [--set KEY=VALUE ...]
 
-One undisturbed `meml run STUDY`; then, each in a folder of its own, runs that are killed with SIGKILL at a random moment
-of the undisturbed run's time: in turn the `meml` process alone, and every process of its tree at once, as a power cut
-does. It waits until no process of the killed run is left (60 s at most), runs the same command to its end, and compares
-all that is left: every parquet table, metrics.jsonl, trained weights, report.json, and the CSVs of the report and its
-figures, apart from LEFT_OUT. All of it runs on a clone of the committed tree, so that edits meanwhile disturb nothing.
-Ends with 1 on any difference. Not run by pytest: about half an hour on 2 cores.
+One undisturbed `meml run STUDY`; then, each in a folder of its own, runs that are killed with SIGKILL. In turn: the `meml`
+process alone, at a random moment of the undisturbed run's time; every process of its tree at once, as a power cut does, at a
+random moment; and every process at once while one of them is inside each of PLACES, a random while after it was first seen
+there. The study is smoke's or the like with a checkpoint after every step, so that runs go on from one. It waits until no
+process of the killed run is left (60 s at most), runs the same command to its end, and compares all that is left: every
+parquet table, metrics.jsonl, trained weights, report.json, and the CSVs of the report and its figures, apart from LEFT_OUT.
+All of it runs on a clone of the committed tree, so that edits meanwhile disturb nothing. Ends with 1 on any difference. Not
+run by pytest: about half an hour on 2 cores.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import csv
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -32,6 +35,33 @@ import pandas as pd
 ROOT = Path(__file__).parents[1]
 MARK = "MEML_KILLS_TRIAL"  # an environment variable that all processes of a trial inherit, whoever becomes their parent
 PATIENCE_S = 60.0
+PLACES = {  # what a process must be inside of: a file of the library and a function
+    "sampling": ("rollouts/native.py", "sample"),
+    "update": ("training/learner.py", "update"),
+    "buffer flush": ("training/riel.py", "_ground_truth"),
+    "checkpoint write": ("training/checkpoints.py", "write"),
+    "report": ("analysis/report.py", "write"),
+}
+# Looks at the main thread's stack; at the asked place, for the asked many looks, it says so and stops the process for good.
+WATCHER = """
+import os, signal, sys, threading, time
+def watch(place, looks, said, main=threading.main_thread().ident):
+    file, function = place.split(":")
+    while looks:
+        time.sleep(0.0005)
+        frame = sys._current_frames().get(main)
+        while frame and not (frame.f_code.co_name == function and frame.f_code.co_filename.endswith(file)):
+            frame = frame.f_back
+        looks -= frame is not None
+    try:
+        os.close(os.open(said, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:  # another process was there first
+        return
+    os.kill(os.getpid(), signal.SIGSTOP)
+if "MEML_KILLS_AT" in os.environ:
+    place, looks, said = os.environ["MEML_KILLS_AT"].split("|")
+    threading.Thread(target=watch, args=(place, int(looks), said), daemon=True).start()
+"""
 LEFT_OUT = {
     "seconds": "a step's time",
     "tokens_per_s": "the same",
@@ -55,7 +85,7 @@ class Trial:
     number: int
     how: str
     at_s: float
-    """After the start."""
+    """After the start, as drawn or as it came."""
     whole_s: float
     """Of an undisturbed run, as last seen: the machine may be busier or less so than at the beginning."""
     running: str = ""
@@ -63,30 +93,34 @@ class Trial:
     """Until no process of it was left."""
     up_to_date: str = ""
     """Jobs that the rerun found done."""
+    resumed: str = ""
+    """The steps after which the rerun's stages went on."""
     rerun_s: float = 0.0
     tables: int = 0
     faults: list[str] = field(default_factory=list)
 
     def row(self) -> str:
         result = "; ".join(self.faults[:3]) or "identical"
-        cells = (self.number, self.how, f"{self.at_s:.1f}", self.running, f"{self.left_s:.1f}", self.up_to_date,
+        cells = (self.number, self.how, f"{self.at_s:.1f}", self.running, f"{self.left_s:.1f}", self.up_to_date, self.resumed,
                  f"{self.rerun_s:.0f}", self.tables, result)  # fmt: skip
         return f"| {' | '.join(str(cell) for cell in cells)} |"
 
 
-HEAD = "| | killed | at, s | running then | all gone after, s | jobs kept | rerun, s | files compared | result |\n"
-HEAD += "|---|---|---|---|---|---|---|---|---|"
+HEAD = "| | killed | at, s | running then | all gone after, s | jobs kept | went on after step | rerun, s | files compared | result |\n"
+HEAD += "|---|---|---|---|---|---|---|---|---|---|"
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
 
 
-def start(study: str, tree: Path, reports: Path, mark: str) -> subprocess.Popen:
-    """`meml run STUDY` on the tree, as a person starts it."""
-    environment = os.environ | {MARK: mark, "PYTHONPATH": str(tree)}
+def start(given: argparse.Namespace, tree: Path, reports: Path, mark: str, at: str = "") -> subprocess.Popen:
+    """`meml run STUDY` on the tree, as a person starts it. Args: at: where WATCHER stops it."""
+    environment = os.environ | {MARK: mark, "PYTHONPATH": f"{tree.with_name('watcher')}:{tree}"}
+    environment |= {"MEML_KILLS_AT": at} if at else {}
     meml = Path(sys.executable).with_name("meml")
     with open(reports.with_suffix(".log"), "ab") as log:
-        command = [str(meml), "run", study, "--reports-dir", str(reports)]
+        command = [str(meml), "run", given.study, "--reports-dir", str(reports)]
+        command += [word for value in given.set for word in ("--set", value)]
         return subprocess.Popen(command, cwd=tree, env=environment, stdout=log, stderr=log)
 
 
@@ -190,18 +224,24 @@ def trial(
     given: argparse.Namespace, draw: random.Random, number: int, whole_s: float, tree: Path, folder: Path
 ) -> Trial:
     """Kill one run and bring it to its end. A run that ended before its moment came tells how long one takes now."""
-    alone = number % 2 == 1
-    for attempt in range(5):
+    ways = ["`meml` alone", "all at once", *(f"in {place}" for place in PLACES)]
+    how, looks = ways[number % len(ways)], int(10 ** draw.uniform(0, 2.5))
+    place = how.removeprefix("in ") if how.startswith("in ") else None
+    for attempt in range(8):
         reports, mark, at_s = folder / f"trial-{number}-{attempt}", uuid.uuid4().hex, draw.uniform(0.0, whole_s)
-        found = Trial(number, "`meml` alone" if alone else "all at once", at_s, whole_s)
-        started = time.monotonic()
-        process = start(given.study, tree, reports, mark)
+        found = Trial(number, how, at_s, whole_s)
+        said, started = reports.with_suffix(".stopped"), time.monotonic()
+        at = "|".join([":".join(PLACES[place]), str(max(1, looks // 3**attempt)), str(said)]) if place else ""
+        process = start(given, tree, reports, mark, at)
         try:
-            process.wait(at_s)
+            while place and not said.exists() and process.poll() is None:
+                time.sleep(0.01)
+            found.at_s = time.monotonic() - started if place else at_s
+            process.wait(0.05 if place else at_s)
             whole_s = time.monotonic() - started
             continue
         except subprocess.TimeoutExpired:
-            os.kill(process.pid, signal.SIGKILL) if alone else kill(mark)
+            os.kill(process.pid, signal.SIGKILL) if how == ways[0] else kill(mark)
         process.wait()
         study = reports / Path(given.study).stem
         found.running = running(study)
@@ -211,11 +251,11 @@ def trial(
             kill(mark)
         break
     else:
-        raise SystemExit(f"trial {number}: five runs ended before they could be killed")
+        raise SystemExit(f"trial {number}: eight runs ended before they could be killed ({how})")
     started, mark = time.monotonic(), uuid.uuid4().hex
     log = reports.with_suffix(".log")
     before = log.stat().st_size
-    process = start(given.study, tree, reports, mark)
+    process = start(given, tree, reports, mark)
     try:
         code = process.wait(10 * whole_s + 300)
     except subprocess.TimeoutExpired:
@@ -223,6 +263,7 @@ def trial(
         code = process.wait()
     found.rerun_s = time.monotonic() - started
     said = log.read_bytes()[before:].decode()
+    found.resumed = ", ".join(re.findall(r"goes on after step (\d+)", said))
     found.up_to_date = next((line.split(", ")[1].split()[0] for line in said.splitlines() if "up to date" in line), "?")
     if code:
         found.faults.append(f"the rerun ended with {code}: " + " / ".join(said.splitlines()[-4:]))
@@ -234,24 +275,28 @@ def trial(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--study", default="params/studies/demo-short.yaml")
+    parser.add_argument("--set", action="append", default=["hardware.checkpoints.every=1"], help="as for `meml run`")
     given = parser.parse_args()
     draw = random.Random(given.seed)
     with tempfile.TemporaryDirectory(prefix="meml-kills-") as name:
         folder, tree = Path(name), Path(name) / "tree"
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(tree)], check=True)
+        tree.with_name("watcher").mkdir()
+        (tree.with_name("watcher") / "sitecustomize.py").write_text(WATCHER)
         commit = subprocess.check_output(["git", "-C", str(tree), "rev-parse", "--short=10", "HEAD"], text=True).strip()
         started = time.monotonic()
-        process = start(given.study, tree, folder / "whole", "whole")
+        process = start(given, tree, folder / "whole", "whole")
         if process.wait():
             print((folder / "whole.log").read_text()[-3000:])
             return 1
         whole_s = time.monotonic() - started
         study = Path(given.study).stem
         expected = results(folder / "whole" / study)
-        print(f"{given.study} at commit {commit}: undisturbed in {whole_s:.0f} s, {len(expected)} files\n", flush=True)
+        values = " ".join(f"--set {value}" for value in given.set)
+        print(f"{given.study} {values} at commit {commit}: undisturbed in {whole_s:.0f} s, {len(expected)} files\n", flush=True)
         print(HEAD, flush=True)
         trials = []
         for number in range(1, given.kills + 1):
