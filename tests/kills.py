@@ -35,24 +35,27 @@ import pandas as pd
 ROOT = Path(__file__).parents[1]
 MARK = "MEML_KILLS_TRIAL"  # an environment variable that all processes of a trial inherit, whoever becomes their parent
 PATIENCE_S = 60.0
-PLACES = {  # what a process must be inside of: a file of the library and a function
-    "sampling": ("rollouts/native.py", "sample"),
-    "update": ("training/learner.py", "update"),
-    "buffer flush": ("training/riel.py", "_ground_truth"),
-    "checkpoint write": ("training/checkpoints.py", "write"),
-    "report": ("analysis/report.py", "write"),
+PLACES = {  # what a process must be inside of, file:function of the library, all of them
+    "sampling": "training/riel.py:train rollouts/native.py:sample",
+    "update": "training/riel.py:train training/learner.py:update",
+    "buffer flush": "training/riel.py:train training/riel.py:_ground_truth",
+    "checkpoint write": "training/checkpoints.py:write",
+    "evaluation": "training/evaluate.py:measure",
+    "report": "analysis/report.py:write",
 }
 # Looks at the main thread's stack; at the asked place, for the asked many looks, it says so and stops the process for good.
 WATCHER = """
 import os, signal, sys, threading, time
 def watch(place, looks, said, main=threading.main_thread().ident):
-    file, function = place.split(":")
+    sought = {tuple(part.split(":")) for part in place.split()}
     while looks:
         time.sleep(0.0005)
-        frame = sys._current_frames().get(main)
-        while frame and not (frame.f_code.co_name == function and frame.f_code.co_filename.endswith(file)):
+        frame, missing = sys._current_frames().get(main), set(sought)
+        while frame and missing:
+            name, file = frame.f_code.co_name, frame.f_code.co_filename
+            missing = {part for part in missing if part[1] != name or not file.endswith(part[0])}
             frame = frame.f_back
-        looks -= frame is not None
+        looks -= not missing
     try:
         os.close(os.open(said, os.O_CREAT | os.O_EXCL))
     except FileExistsError:  # another process was there first
@@ -231,7 +234,7 @@ def trial(
         reports, mark, at_s = folder / f"trial-{number}-{attempt}", uuid.uuid4().hex, draw.uniform(0.0, whole_s)
         found = Trial(number, how, at_s, whole_s)
         said, started = reports.with_suffix(".stopped"), time.monotonic()
-        at = "|".join([":".join(PLACES[place]), str(max(1, looks // 3**attempt)), str(said)]) if place else ""
+        at = "|".join([PLACES[place], str(max(1, looks // 3**attempt)), str(said)]) if place else ""
         process = start(given, tree, reports, mark, at)
         try:
             while place and not said.exists() and process.poll() is None:

@@ -26,7 +26,7 @@ from meml_lib.training import checkpoints, stage
 from meml_lib.training.learner import Learner
 
 TIMES = ["sample_seconds", "train_seconds", "sample_tokens_per_s", "train_tokens_per_s", "seconds", "tokens_per_s"]
-VALUES = ["mef.steps=6", "riel.steps=7", "riel.objective.buffer_sft.capacity=3", "riel.validate_every=2", "riel.patience=3",
+VALUES = ["mef.steps=6", "riel.steps=7", "riel.objective.buffer_sft.capacity=3", "riel.validate_every=2",
           "hardware.checkpoints.every=2", "hardware.checkpoints.kept=3", "evaluate.test_questions=4"]  # fmt: skip
 
 
@@ -131,6 +131,17 @@ def test_cut_off_while_it_evaluates_trains_no_step_again(whole, begun, monkeypat
     launch.train("riel", values(begun))
     pd.testing.assert_frame_equal(RunFolder(begun / "stage2").read_metrics(), before)  # times too
     same(begun, whole)
+
+
+@pytest.mark.parametrize("after", [3, 4])
+def test_early_stopping_goes_on_too_and_keeps_the_best_weights(begun, tmp_path, monkeypatch, after):
+    undisturbed = tmp_path / "undisturbed"
+    shutil.copytree(begun / "stage1", undisturbed / "stage1")
+    launch.train("riel", values(undisturbed, "riel.patience=1"))
+    assert len(RunFolder(undisturbed / "stage2").read_metrics()) == 4  # no better at its second validation
+    cut_off("riel", values(begun, "riel.patience=1"), after, monkeypatch)
+    launch.train("riel", values(begun, "riel.patience=1"))
+    same(begun, undisturbed)
 
 
 def tear(file: Path) -> None:
