@@ -238,6 +238,36 @@ def test_two_processes_whose_starter_is_killed_keep_their_last_step_and_one_proc
     assert sum((one[n] - two[n]).norm() ** 2 for n in one) ** 0.5 < 1e-5 * sum(w.norm() ** 2 for w in two.values()) ** 0.5
 
 
+WAITING = """
+import sys, time, torch.distributed as dist
+from meml_lib.training import stage
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+dist.barrier()
+print("there", flush=True)
+if rank:
+    time.sleep(60)
+stage.GRACE_S = 1.0
+with stage._sigterm(together=True):
+    dist.barrier()
+"""
+
+
+def test_a_process_that_waits_for_one_that_never_comes_ends_after_sigterm_all_the_same(tmp_path):
+    start = [sys.executable, "-c", WAITING]
+    ranks = [subprocess.Popen([*start, str(rank), str(tmp_path / "meet")], stdout=subprocess.PIPE) for rank in (0, 1)]
+    try:
+        for rank in ranks:
+            assert rank.stdout.readline() == b"there\n"
+        time.sleep(0.5)
+        ranks[0].send_signal(signal.SIGTERM)
+        assert ranks[0].wait(10) == -signal.SIGKILL
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+
+
 # --- on with other values ---------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 OnRecord = Callable[[dict], None]
+GRACE_S = 8.0
 APPENDED = {"metrics": "metrics_bytes", "rollouts": "rollouts_bytes"}
 """Files that grow with every step (.jsonl), and where a checkpoint says how many of their bytes belong to it."""
 
@@ -68,7 +70,7 @@ def run(stage: config.Stage, p: config.Run, on_record: OnRecord | None = None) -
             on_record(record)
     doing("training")
     steps = () if best.exhausted else begun.steps(state)
-    with _trackers(p, accelerator), _sigterm() as terminated:
+    with _trackers(p, accelerator), _sigterm(together=accelerator.num_processes > 1) as terminated:
         for record in profiled(map(keeping.see, steps), p.tracking.profile_steps, folder.path / "profile", accelerator):
             if validate_every and (record["step"] + 1) % validate_every == 0:
                 record |= evaluate.accuracy(evaluate.greedy(p, learned, task, panel, accelerator, "validation"))
@@ -190,19 +192,40 @@ def _size(file: Path) -> int:
 
 
 @contextmanager
-def _sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets; once the block has ended, the signal does what it did before."""
+def _sigterm(*, together: bool) -> Iterator[threading.Event]:
+    """An event that SIGTERM sets; once the block has ended, the signal does what it did before.
+
+    Args: together: with other processes, one of which may have failed: then no step ends, nor does Python come to its
+      handlers while it waits for that one. A thread therefore ends this process GRACE_S after the signal.
+    """
     came = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # where Python takes no signals
         yield came
         return
     before = signal.signal(signal.SIGTERM, lambda *_: came.set())
+    reads, writes = os.pipe()
+    os.set_blocking(writes, False)
+    wakeup = signal.set_wakeup_fd(writes, warn_on_full_buffer=False) if together else None
+    watching = threading.Thread(target=_end_later, args=(reads,), daemon=True)
+    watching.start()
     try:
         yield came
     finally:
+        if together:
+            signal.set_wakeup_fd(wakeup)
+        os.close(writes)
         signal.signal(signal.SIGTERM, before)
         if came.is_set():
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _end_later(pipe: int) -> None:
+    """Once SIGTERM's number has come through the pipe, and GRACE_S have gone by."""
+    while told := os.read(pipe, 1):
+        if told[0] == signal.SIGTERM:
+            time.sleep(GRACE_S)
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.close(pipe)
 
 
 @contextmanager
