@@ -189,7 +189,7 @@ def results(study: Path) -> dict[str, object]:
         elif file.suffix == ".csv":
             rows = csv.DictReader(file.read_text().splitlines())
             found[name] = [_without(row) for row in rows if LEFT_OUT.keys().isdisjoint(row.values())]
-        elif file.parent.name == "model":
+        elif file.parent.name == "model" and file.name != "README.md":  # which names the command
             found[name] = file.read_bytes()
         else:
             found[name] = "is there"  # manifests, status, notebooks, pictures: they hold times, or show the above

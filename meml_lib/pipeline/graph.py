@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from meml_lib import config, runs, schema
+from meml_lib.analysis import card
 from meml_lib.pipeline import keys, outputs, reach, watch
 from meml_lib.runs import RunFolder
 
@@ -102,7 +103,7 @@ class Job:
         files = [Path(file) for file in self.files]
         if self.stage:
             stage = self.run.folder(self.stage)
-            files += [file for part in ("tables", "model") for file in (stage / part).glob("*")]
+            files += [file for part in ("tables", "model") for file in (stage / part).glob("*") if file.name != card.NAME]
             files.append(stage / "metrics.jsonl")
         return keys.key({str(file): {"": runs.hash_file(file)} for file in sorted(files)})
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from meml_lib import config, runs, schema, tasks
+from meml_lib.analysis import card
 from meml_lib.pipeline import reach
 
 Parts = dict[str, dict[str, Any]]
@@ -34,7 +35,8 @@ def stage_parts(stage: config.Stage, p: config.Run) -> Parts:
     files = input_files(p)
     if stage == "riel":
         model = p.folder("mef") / "model"
-        files |= {f"stage1/{file.name}": file for file in sorted(model.glob("*")) if file.is_file()}
+        told = (file for file in sorted(model.glob("*")) if file.is_file() and file.name != card.NAME)
+        files |= {f"stage1/{file.name}": file for file in told}
     return {
         "values": _flat(p.reads(stage)),
         "code": reach.code_of(f"import {STAGE}\n{STAGE}.run", not_reached(stage, p)),

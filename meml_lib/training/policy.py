@@ -98,12 +98,19 @@ class Policy:
         return picked_NT - logits_NTV.logsumexp(-1), mask_NT
 
     def save(self, folder: Path) -> None:
-        """Write an ordinary transformers folder: weights (adapters merged), configs, tokenizer, chat template."""
+        """Write an ordinary transformers folder: weights, configs, tokenizer, chat template; `generate` ends where we do.
+
+        Adapters are merged; alone they go into a folder `adapter` beside it, for the model that they were trained on.
+        """
         model = self.model
         if hasattr(model, "merge_and_unload"):
             from copy import deepcopy
 
+            model.save_pretrained(folder.with_name("adapter"))
             model = deepcopy(model).merge_and_unload()
+        model.generation_config.eos_token_id = list(self.end_ids)
+        if model.generation_config.pad_token_id is None:
+            model.generation_config.pad_token_id = self.tokenizer.pad_token_id or self.end_ids[0]
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 

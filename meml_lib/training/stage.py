@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
 
 from meml_lib import config, experts, runs, tasks
+from meml_lib.analysis import card
 from meml_lib.rollouts import vllm
 from meml_lib.runs import RunFolder
 from meml_lib.schema import MefParams, OptimizerParams, RielParams
@@ -96,6 +97,7 @@ def run(stage: config.Stage, p: config.Run, on_record: OnRecord | None = None) -
         for name, table in tables.items():
             folder.write_table(name, table)
         learned.save(folder.path / "model")
+        card.write(folder, stage, p)
     accelerator.wait_for_everyone()
     if p.sampling.engine == "vllm":
         vllm.stop()
