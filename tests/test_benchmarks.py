@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).with_name("benchmarks")))
 
 import cost
 import limits
+import scaling
 import speed
 import workload
 
@@ -158,3 +159,11 @@ def test_trl_and_ours_agree_and_the_smallest_benchmark_is_written(tmp_path, monk
     monkeypatch.setitem(workload.ARMS, "signed", ())  # other mathematics: positive advantages and mutual learning
     with pytest.raises(SystemExit, match="do not compute the same gradient"):
         speed.main([*arguments, "--no-memory", "--out", str(tmp_path)])
+
+
+def test_the_scaling_plan_in_the_readme_is_what_its_script_says():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert scaling.table() in readme and "**A model, not a measurement**" in readme
+    one, eight = (scaling.plan("params/paper-qwen-gsm8k.yaml", gpus) for gpus in (1, 8))
+    assert (one.rows, eight.rows) == (768, 96) and eight.sharded < eight.plain
+    assert one.step[0] > eight.step[0] > one.step[0] / 8  # sampling's length does not shrink

@@ -122,7 +122,7 @@ chat = [{{"role": "system", "content": system["{expert}"]}}, {{"role": "user", "
 print(answer(chat, max_new_tokens={tokens}, do_sample=False)[0]["generated_text"][-1]["content"])
 ```
 
-or `transformers serve --force-model .`, which takes the same messages at `/v1/chat/completions`.
+or `transformers serve .`, which takes the same messages at `/v1/chat/completions`.
 
 ## Limits
 
