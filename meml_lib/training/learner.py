@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from meml_lib.schema import OptimizerParams
-from meml_lib.training import packing
+from meml_lib.training import packing, sharding
 from meml_lib.training.head import AnswerLoss, Use
 from meml_lib.training.losses import Part, WeighedRow, token_weights
 from meml_lib.training.policy import Policy, Row
@@ -28,6 +28,7 @@ class Learner:
       max_answer_tokens: the constant of divide_by "constant".
       micro_batch_tokens: of one forward and backward pass; a prompt counts once for all of its answers there, padding
         only where the model cannot be packed (`packing.packs`).
+      sharded: divide weights, gradients and moments over the processes (`sharding.wrap`); changes no update.
     """
 
     def __init__(
@@ -39,10 +40,11 @@ class Learner:
         steps: int,
         max_answer_tokens: int,
         micro_batch_tokens: int,
+        sharded: bool = False,
     ):
         self.policy, self.accelerator, self.params = policy, accelerator, params
         self.max_answer_tokens, self.micro_batch_tokens = max_answer_tokens, micro_batch_tokens
-        self.model = accelerator.prepare_model(policy.model)
+        self.model = sharding.wrap(policy.model, accelerator, sharded=sharded)
         named = [(n, p) for n, p in policy.model.named_parameters() if p.requires_grad]
         # A bfloat16 weight keeps 8 bits: an update of 1e-5 on a weight of 0.05 would round away. The optimiser
         # therefore works on float32 copies, which are rounded into the weights after each step.
@@ -82,9 +84,11 @@ class Learner:
         batches += [self._idle()] * (most - len(batches))
         self.model.train()
         losses = torch.zeros(len(parts), device=self.accelerator.device)
+        # Divided gradients are summed over processes pass by pass: kept until the last one, they would be whole.
+        waits = not sharding.is_sharded(self.model)
         with packing.packed_attention(self.policy.model):
             for k, batch in enumerate(batches, start=1):
-                with self.accelerator.no_sync(self.model) if k < most else nullcontext():
+                with self.accelerator.no_sync(self.model) if waits and k < most else nullcontext():
                     losses += self._pass(parts, *zip(*batch, strict=True))
         grad_norm = self._step() if most else 0.0
         self._done += advance
@@ -132,7 +136,7 @@ class Learner:
             best_rows = list(dict.fromkeys(use.best_row for of_row in uses for use in of_row if use.part in wide))
             with torch.no_grad():
                 best = packing.run(self.policy, self.model, best_rows or rows, lambda x_nF, *output: x_nF)
-        # DDP averages gradients over processes, while row weights already hold the global denominator.
+        # DDP and FSDP average gradients over processes, while row weights already hold the global denominator.
         scales = [part.weight * self.accelerator.num_processes for part in parts]
         loss = AnswerLoss(parts, scales, rows, uses, best_rows, best)
         self.accelerator.backward(packing.run(self.policy, self.model, rows, loss))
@@ -150,7 +154,8 @@ class Learner:
             copy.grad = None if parameter.grad is None else parameter.grad.float()
             parameter.grad = None
         limit = self.params.max_grad_norm
-        grad_norm = torch.nn.utils.clip_grad_norm_(self._masters, float("inf") if limit is None else limit).item()
+        norm = torch.nn.utils.clip_grad_norm_(self._masters, float("inf") if limit is None else limit)
+        grad_norm = sharding.full(norm).item()
         if not math.isfinite(grad_norm):
             raise FloatingPointError(f"gradient norm is {grad_norm}; no step was taken. Try a lower lr or float32")
         for optimizer in self._optimizers:

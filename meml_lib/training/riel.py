@@ -39,7 +39,7 @@ def train(p: RunParams, policy: Policy, learner: Learner, task: Task, panel: Seq
     """MEML-GRPO, arXiv 2508.09670: eq. 5-10 and the hard-example buffer. Yields after each step's update; ends
     after `riel.steps` of them, or once a budget of `riel.stop_at` is spent.
 
-    Each process takes its share of the step's questions; the buffer, the losses' denominators, the metrics and the
+    Each process takes its share of the step's questions, which may be none; the buffer, the losses' denominators, the metrics and the
     random draws are those of all processes together.
     """
     objective, group, seed = p.riel.objective, p.riel.rollouts_per_expert, p.seed
@@ -51,8 +51,6 @@ def train(p: RunParams, policy: Policy, learner: Learner, task: Task, panel: Seq
     buffer = hard and HardExampleBuffer(hard.capacity, hard.wrong_over, group)
     stream, flushes = batches(len(questions), p.riel.questions_per_step, seed=seed), 0
     spent = {"rollouts": 0, "ground_truth_items": 0, "update_tokens": 0}
-    if p.riel.questions_per_step < processes:
-        raise ValueError(f"riel.questions_per_step={p.riel.questions_per_step} must be >= the {processes} processes")
 
     for step in range(p.riel.steps):
         batch = [questions[n] for n in next(stream)]
@@ -151,7 +149,7 @@ def _ground_truth(policy: Policy, question: Question, system: str) -> Row:
 
 def _ties(questions: Sequence[Question], panel: Sequence[Expert], seed: int, step: int) -> torch.Tensor:
     draws = [[uniforms(seed, step, q.id, e.name, "tie", count=1)[0] for e in panel] for q in questions]
-    return torch.tensor(draws, dtype=torch.float64)
+    return torch.tensor(draws, dtype=torch.float64).view(len(questions), len(panel))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -21,7 +21,7 @@ from meml_lib import config, experts, tasks
 from meml_lib.rollouts import vllm
 from meml_lib.runs import RunFolder
 from meml_lib.schema import MefParams, OptimizerParams, RielParams
-from meml_lib.training import evaluate, mef, policy, riel
+from meml_lib.training import evaluate, mef, policy, riel, sharding
 from meml_lib.training.learner import Learner
 from meml_lib.training.profile import profiled
 
@@ -72,7 +72,7 @@ def run(stage: config.Stage, p: config.Run, on_record: OnRecord | None = None) -
     if accelerator.is_main_process:
         for name, table in tables.items():
             folder.write_table(name, table)
-        learned.save(folder.path / "model")
+    learned.save(folder.path / "model", write=accelerator.is_main_process)
     accelerator.wait_for_everyone()
     if p.sampling.engine == "vllm":
         vllm.stop()
@@ -181,27 +181,38 @@ class Best:
             return
         if accuracy > self._accuracy:
             self._accuracy, self._waited = accuracy, 0
-            self._weights = {name: tensor.detach().cpu().clone() for name, tensor in self._model.state_dict().items()}
+            state = self._model.state_dict()
+            self._weights = {name: sharding.local(tensor).detach().cpu().clone() for name, tensor in state.items()}
         else:
             self._waited += 1
 
+    @torch.no_grad()
     def restore(self) -> None:
         """Put the best weights back, if any were kept."""
         if self._weights is not None:
-            self._model.load_state_dict(self._weights)
+            for name, tensor in self._model.state_dict().items():
+                sharding.local(tensor).copy_(self._weights[name])
 
 
 def learner_of(
     p: config.Run, params: OptimizerParams, learned: policy.Policy, accelerator: Accelerator, *, steps: int
 ) -> Learner:
-    return Learner(
+    """Raises: RuntimeError where FSDP is asked for and the weights are not divided."""
+    if p.hardware.gradient_checkpointing:
+        learned.model.gradient_checkpointing_enable({"use_reentrant": False})
+    sharded = config.accelerate_values(p).get("distributed_type") == "FSDP"
+    learner = Learner(
         learned,
         accelerator,
         params,
         steps=steps,
         max_answer_tokens=p.sampling.max_answer_tokens,
         micro_batch_tokens=p.hardware.micro_batch_tokens,
+        sharded=sharded,
     )
+    if sharded:
+        sharding.check(learner.model, accelerator.num_processes, f"hardware.accelerate_config={p.hardware.accelerate_config}")
+    return learner
 
 
 def _keeping(rollouts: list[dict], steps: Iterator[riel.Step]) -> Iterator[dict]:
