@@ -2,8 +2,9 @@
 
     python tests/ranks.py reports/published/ranks.md
 
-A model of 20,000 weights (float32), after 30 steps of stage 1 in the same layout; three questions a step, so that of four
-processes one has none, and two experts.
+A model of 50,000 weights (float32) after a stage 1 in one process; then, in each layout, three more steps of stage 1 and ten
+of stage 2 at a learning rate of 3e-4: two experts, four rollouts each, three questions a step, so that of four processes one
+has none.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 ROOT = Path(__file__).parents[1]
 STEPS = 10
@@ -37,8 +40,12 @@ class Outcome:
 
 def run(processes: int, folder: Path, *, optimizer="adamw", sharded=False, questions=3, capacity=8, steps=STEPS) -> Outcome:
     """Raises: subprocess.TimeoutExpired for processes that wait for one another; RuntimeError with what they said."""
-    out = folder / "out.pt"
-    values = {"optimizer": optimizer, "sharded": sharded, "questions": questions, "capacity": capacity, "steps": steps}
+    import riel_over_processes
+
+    out, begun = folder / "out.pt", folder / "begun"
+    if not begun.is_dir():
+        riel_over_processes.begin(begun)
+    values = {"begun": str(begun), "optimizer": optimizer, "sharded": sharded, "questions": questions, "capacity": capacity, "steps": steps}
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     worker = [str(ROOT / "tests" / "riel_over_processes.py"), str(out), json.dumps(values)]
     done = subprocess.run([sys.executable, *launcher, *worker], capture_output=True, text=True, timeout=TIMEOUT_S, cwd=ROOT)

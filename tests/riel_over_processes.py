@@ -1,7 +1,8 @@
-"""Run by ranks.py and its tests under torch.distributed.run: stage 1, ten steps of stage 2, then what came of them."""
+"""Run by ranks.py under torch.distributed.run: a little of stage 1, ten steps of stage 2, then what came of them."""
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -20,39 +21,55 @@ def flat(learned):
     return torch.cat([sharding.full(w.detach()).flatten().clone() for w in learned.model.parameters()])
 
 
-def main(out: str, *, optimizer: str, sharded: bool, questions: int, capacity: int, steps: int) -> None:
-    accelerator = Accelerator(cpu=True)
-    task = tasks.load(
-        schema.WordProblemsParams(
-            name="wordproblems", train_questions=24, validation_questions=4, test_questions=4,
-            min_operations=1, max_operations=2, largest_number=30, world_seed=3,
-        )
-    )  # fmt: skip
-    known = {
-        name: schema.ExpertParams(system=f"you are {name}", teacher=schema.DerivedTeacher(kind="derived", style=name))
-        for name in ("equations", "story")
-    }
-    panel = experts.load_panel(schema.ExpertsParams(panel=tuple(known), known=known))
-    size = schema.ScratchModelParams(
-        source="scratch", dtype="float32", hidden_size=32, layers=2, heads=1, mlp_size=64, max_positions=128
-    )
-    words = [*task.words(), *(word for expert in panel for word in expert.system.split())]
-    learned = policy.load(size, device="cpu", words=words, seed=0)
+TASK = schema.WordProblemsParams(
+    name="wordproblems", train_questions=24, validation_questions=4, test_questions=4,
+    min_operations=1, max_operations=2, largest_number=30, world_seed=3,
+)  # fmt: skip
+KNOWN = {
+    name: schema.ExpertParams(system=f"you are {name}", teacher=schema.DerivedTeacher(kind="derived", style=name))
+    for name in ("equations", "story")
+}
+SIZE = schema.ScratchModelParams(
+    source="scratch", dtype="float32", hidden_size=48, layers=2, heads=2, mlp_size=96, max_positions=128
+)
 
-    def learner_of(lr: float) -> Learner:
-        params = ADAMW.model_copy(update={"lr": lr, "optimizer": optimizer})
-        sizes = {"steps": 30, "max_answer_tokens": 24, "micro_batch_tokens": 500}
-        return Learner(learned, accelerator, params, sharded=sharded, **sizes)
 
-    rows = mef.rows_of(learned, panel, task.questions("train"), experts.teacher_answers(task, panel))
-    learner = learner_of(ADAMW.lr)
+def learner_of(learned, accelerator, lr, *, optimizer="adamw", sharded=False) -> Learner:
+    params = ADAMW.model_copy(update={"lr": lr, "optimizer": optimizer})
+    sizes = {"steps": 30, "max_answer_tokens": 24, "micro_batch_tokens": 500}
+    return Learner(learned, accelerator, params, sharded=sharded, **sizes)
+
+
+def stage1(learner: Learner, task, panel, *, steps: int) -> None:
+    rows = mef.rows_of(learner.policy, panel, task.questions("train"), experts.teacher_answers(task, panel))
     params = schema.MefParams(
         keep="all", max_answer_tokens=None, answers_per_question=None, allow_test_questions=False,
-        epochs=None, steps=30, answers_per_step=15, validate_every=None, patience=None, **dict(learner.params),
+        epochs=None, steps=steps, answers_per_step=15, validate_every=None, patience=None, **dict(learner.params),
     )  # fmt: skip
     for _ in mef.train(params, learner, rows, seed=0):
         pass
+
+
+def begin(folder: Path) -> None:
+    """A policy that is right now and then, for all layouts to start from."""
+    task, panel = tasks.load(TASK), experts.load_panel(schema.ExpertsParams(panel=tuple(KNOWN), known=KNOWN))
+    words = [*task.words(), *(word for expert in panel for word in expert.system.split())]
+    learned = policy.load(SIZE, device="cpu", words=words, seed=0)
+    stage1(learner_of(learned, Accelerator(cpu=True), ADAMW.lr), task, panel, steps=100)
+    learned.save(folder)
+
+
+def main(out: str, *, begun: str, optimizer: str, sharded: bool, questions: int, capacity: int, steps: int) -> None:
+    accelerator = Accelerator(cpu=True)
+    task, panel = tasks.load(TASK), experts.load_panel(schema.ExpertsParams(panel=tuple(KNOWN), known=KNOWN))
+    learned = policy.load_trained(Path(begun), SIZE, device="cpu", seed=0)
+    options = {"optimizer": optimizer, "sharded": sharded}
+    # The demo's rate. Where a gradient is all rounding, AdamW's first steps are as long as elsewhere, and go either way.
+    learner = learner_of(learned, accelerator, 3e-4, **options)
+    if sharded:
+        sharding.check(learner.model, accelerator.num_processes, "the test")
     start = flat(learned)
+    stage1(learner, task, panel, steps=3)
     buffers, trained = [], []
 
     def buffer_of(*sizes):
@@ -60,8 +77,7 @@ def main(out: str, *, optimizer: str, sharded: bool, questions: int, capacity: i
         return buffers[-1]
 
     riel.HardExampleBuffer = buffer_of
-    # The demo's rate. Where a gradient is all rounding, AdamW's first steps are as long as elsewhere, and go either way.
-    learner = learner_of(3e-4)
+    learner = learner_of(learned, accelerator, 3e-4, **options)
     update = learner.update
 
     def counted(parts, **options):
