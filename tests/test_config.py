@@ -118,7 +118,6 @@ def test_base_gives_every_value_that_no_part_gives():
         ("experts.known.story.teacher.style=storry", "teacher.style='storry' is none of the styles .*mean 'story'?"),
         ("experts.known.story.teacher.mistaken_on=los", "mistaken_on='los' is none of .*did you mean 'loss'?"),
         ("evaluate.test_questions=9", "evaluate.test_questions=9 exceeds task.test_questions=8"),
-        ("hardware.processes=3", "riel.questions_per_step=2 must be >= hardware.processes=3"),
         ("model.heads=3", "hidden_size=32 must be a multiple of 2 x heads=3"),
         ("riel.lr=.inf", "riel.lr = inf: must be a finite number"),
         ("riel.objective.grpo.scale=sdt", "scale = 'sdt': must be one of 'none' or 'std'; did you mean 'std'?"),

@@ -132,10 +132,10 @@ def load_full_state(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer
     Raises: ValueError where tensors' names, shapes or number differ.
     """
     own = model.state_dict()
-    if own.keys() != state["model"].keys() or len(optimizers) != len(state["optimizers"]):
-        differing = sorted(own.keys() ^ state["model"].keys())[:3]
-        there, given = len(optimizers), len(state["optimizers"])
-        raise ValueError(f"the state is of another model: it differs in {differing}, and in {given} optimizers (want {there})")
+    if differing := sorted(own.keys() ^ state["model"].keys()):
+        raise ValueError(f"the state is of another model: {len(differing)} names differ, the first is {differing[0]}")
+    if len(optimizers) != len(state["optimizers"]):
+        raise ValueError(f"the state has {len(state['optimizers'])} optimizers, want {len(optimizers)}")
     for name, tensor in own.items():
         _fill(tensor, state["model"][name], name)
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
@@ -164,8 +164,11 @@ def _map(change, value):
 
 
 def _divided(value: Any, *, like: Tensor) -> Any:
-    """A whole tensor divided as a parameter of its shape is; a number of steps stays as it is."""
-    if not isinstance(value, Tensor) or value.shape != like.shape or not isinstance(like, DTensor):
+    """A copy of a whole tensor, divided as a parameter of its shape is; a number of steps stays whole."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.clone()  # what is divided may be a view
+    if value.shape != like.shape or not isinstance(like, DTensor):
         return value
     # src_data_rank None: every process cuts its own part out, and none is sent.
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
