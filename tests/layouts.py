@@ -68,7 +68,7 @@ def updates(accelerator: Accelerator, *, sharded: bool) -> dict:
     for kind in KINDS:
         learned = policy_of(*kind)
         passes = []
-        layer = sharding._layers(learned.model)[0].self_attn
+        layer = sharding.layers(learned.model)[0].self_attn
         layer.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
         learner = learner_of(learned, accelerator, sharded=sharded)
         if sharded:

@@ -39,7 +39,7 @@ def wrap(model: PreTrainedModel, accelerator: Accelerator, *, sharded: bool) -> 
     if not isinstance(model, FSDPModule):
         # Of the accelerator's device: torch's own default is CUDA wherever there is one.
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-        for layer in _layers(model):
+        for layer in layers(model):
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
     return model
@@ -49,7 +49,7 @@ def _base(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's wrapper
 
 
-def _layers(model: nn.Module) -> list[nn.Module]:
+def layers(model: nn.Module) -> list[nn.Module]:
     """Those that transformers says must not be divided further; the embedding may be the output layer too: the root's."""
     names = set(_base(model)._no_split_modules or ())
     return [module for module in model.modules() if type(module).__name__ in names]
