@@ -61,7 +61,7 @@ def difference(one: Outcome, other: Outcome) -> float:
 
 
 def moved(one: Outcome) -> float:
-    """How far stage 2 moved the weights, in the same unit."""
+    """How far both stages moved the weights in this layout, in the same unit."""
     return ((one.weights - one.start).norm() / one.weights.norm()).item()
 
 
@@ -72,15 +72,15 @@ def same(one: Outcome, other: Outcome, what: str) -> int:
 
 
 def table() -> str:
-    rows = ["| optimizer | processes | layout | weights: difference / norm | stage 2 moved them | rollouts equal | buffer equal |"]
+    """Each layout against one process, in Markdown."""
+    rows = ["| optimizer | processes | layout | weights: difference / norm | moved / norm | rollouts equal | buffer equal |"]
     rows += ["|---|---|---|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as folder:
         for optimizer in ("adamw", "muon"):
             one = run(1, Path(folder), optimizer=optimizer)
-            layouts = [(1, False, one), (2, False, None), (4, False, None), (2, True, None)]
-            for processes, sharded, found in layouts:
-                found = found or run(processes, Path(folder), optimizer=optimizer, sharded=sharded)
-                layout = "divided (FSDP2)" if sharded else "data parallel (DDP)" if processes > 1 else "one process"
+            for processes, sharded in ((1, False), (2, False), (4, False), (2, True), (4, True)):
+                found = run(processes, Path(folder), optimizer=optimizer, sharded=sharded)
+                layout = "divided (FSDP2)" if sharded else "data parallel (DDP)" if processes > 1 else "one process, again"
                 equal = [f"{same(one, found, what)} of {STEPS} steps" for what in ("texts", "buffer")]
                 numbers = [f"{difference(one, found):.1e}", f"{moved(found):.1e}"]
                 rows.append("| " + " | ".join([optimizer, str(processes), layout, *numbers, *equal]) + " |")
@@ -88,7 +88,14 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    head = "# One update, any layout\n\nWritten by `python tests/ranks.py`: " + __doc__.split("\n\n")[2].replace("\n", " ").strip()
-    text = f"{head} Each row against one process.\nMuon multiplies in bfloat16, whose rounding the order of sums changes.\n\n{table()}\n"
+    text = f"""# One update, any layout
+
+Written by `python tests/ranks.py reports/published/ranks.md`, on CPUs. {__doc__.split(chr(10) * 2)[2].strip()}
+
+Each row is compared with one process. Muon multiplies in bfloat16, whose rounding follows the order of sums: soon another token
+is drawn.
+
+{table()}
+"""
     Path(sys.argv[1]).write_text(text)
     print(text)

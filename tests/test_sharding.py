@@ -7,8 +7,13 @@ from pathlib import Path
 import layouts
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
+from safetensors.torch import load_file
 
+from meml_lib import config, runs
+from meml_lib.pipeline import launch
+from meml_lib.runs import RunFolder
 from meml_lib.schema import HubModelParams
 from meml_lib.training import policy, sharding
 from meml_lib.training.ask import ask
@@ -128,6 +133,23 @@ def test_a_divided_model_is_saved_whole_and_adapters_merged(two, folder):
         plain = policy.load(saved, device="cpu", words=(), seed=0)
         assert distance(layouts.whole(plain.model), layouts.whole(read.model)) < 1e-5
         assert read.end_ids == plain.end_ids
+
+
+def test_a_stage_started_by_its_values_alone_is_divided_and_gives_what_one_process_gives(tmp_path, monkeypatch):
+    """launch.train with the layout cpu2-fsdp and gradient checkpointing, against training inside this process."""
+    monkeypatch.setenv(runs.HEADLESS, "1")
+    monkeypatch.chdir(ROOT)
+    layout = yaml.safe_load((ROOT / "params" / "hardware" / "cpu2-fsdp.yaml").read_text())["hardware"]
+    divided = {f"hardware.{key}": value for key, value in (layout | {"gradient_checkpointing": True}).items()}
+    models, tables = [], []
+    for name, values in (("one", {}), ("two", divided)):
+        values = values | {"mef.optimizer": "adamw", "mef.lr": 3e-4, "mef.patience": 3}
+        p = config.load_run("params/smoke.yaml", values, run_dir=tmp_path / name)
+        metrics = launch.train("mef", p)
+        tables.append([metrics["loss"].tolist(), RunFolder(p.folder("mef")).read_table("test_sampled")["text"].tolist()])
+        models.append(load_file(p.folder("mef") / "model" / "model.safetensors"))
+    assert distance(*models) < 1e-5
+    assert tables[0][0] == pytest.approx(tables[1][0], rel=1e-5) and tables[0][1] == tables[1][1]
 
 
 def test_a_layout_that_is_not_what_was_asked_for_is_told(two):
