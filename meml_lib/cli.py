@@ -58,6 +58,8 @@ def check(
     with _plain_errors():
         study = config.load_study(file, set_)
         base = study.base_run()
+        for arm in study.arms:
+            config.accelerate_values(study.run(arm, study.seeds[0]))
         _print_rows(base.rows())
         if study.params_file != study.run_params_file:
             typer.echo(f"\n{study.params_file}:")

@@ -409,6 +409,45 @@ def load_values(file: str | Path) -> Run:
     return Run.model_validate_json(Path(file).read_text(encoding="utf-8"))
 
 
+_FSDP = {
+    "fsdp_version": ((2,), "FSDP2"),
+    "fsdp_cpu_ram_efficient_loading": ((False,), "every process loads the weights itself"),
+    "fsdp_offload_params": ((False, None), "weights stay on their device"),
+    "fsdp_reshard_after_forward": ((True, None), "a layer's weights are freed after it"),
+    "fsdp_activation_checkpointing": ((False, None), "hardware.gradient_checkpointing says it"),
+    "fsdp_auto_wrap_policy": (("TRANSFORMER_BASED_WRAP", None), "the model's own layers are divided"),
+}
+"""Key of an accelerate config's fsdp_config -> the values that it may have (None: it may be left out), and why."""
+
+
+def accelerate_values(p: schema.RunParams) -> dict[str, Any]:
+    """What the file `hardware.accelerate_config` holds; nothing where that is null.
+
+    Raises: ParamsError naming file, key and value for what contradicts the run's values, or is not done here.
+    """
+    if p.hardware.accelerate_config is None:
+        return {}
+    file = locate(p.hardware.accelerate_config)
+    if not file.is_file():
+        raise ParamsError(f"hardware.accelerate_config={p.hardware.accelerate_config}: no such file")
+    values, lines = _read(file)
+    rules = {
+        "num_processes": ((p.hardware.processes, None), "hardware.processes, of all machines"),
+        "distributed_type": (("NO", "MULTI_CPU", "MULTI_GPU", "FSDP", None), "or left out"),
+        "mixed_precision": (("no", False, None), "model.dtype says it"),  # YAML reads no as false
+    }
+    checks = [((key,), values.get(key), *rule) for key, rule in rules.items()]
+    if values.get("distributed_type") == "FSDP":
+        fsdp = values.get("fsdp_config") or {}
+        checks += [(("fsdp_config", key), fsdp.get(key), *rule) for key, rule in _FSDP.items()]
+    for path, value, allowed, why in checks:
+        if value not in allowed:
+            named = " or ".join(str(each) for each in allowed if each is not None)
+            place = f"{label_of(file)}:{lines.get(path, 1)}"
+            raise ParamsError(f"{place}: {'.'.join(path)} = {value!r}: must be {named} ({why})")
+    return values
+
+
 def _of_file(file: str | Path) -> _Values:
     path = locate(file)
     path = path.resolve() if path.is_file() else _find(str(file), None)

@@ -572,6 +572,8 @@ class HardwareParams(Section):
     """An accelerate config file (FSDP, several machines); null: plain data parallel."""
     micro_batch_tokens: PositiveInt
     """Tokens of one forward and backward pass; a prompt counts once for all of its answers there."""
+    gradient_checkpointing: bool
+    """Compute each layer again on the way back instead of keeping what it made: less memory, about a third more time."""
     cell_timeout_s: PositiveFloat | None
     """A notebook's cell that runs longer fails its job, when run by `meml run`; null: never."""
     job_timeout_s: PositiveFloat | None
@@ -611,10 +613,7 @@ class RunParams(Section):
             there, asked = getattr(self.task, name, None), getattr(self.evaluate, name)
             if there and asked and asked > there:
                 raise ValueError(f"evaluate.{name}={asked} exceeds task.{name}={there}")
-        asked, processes = self.riel.questions_per_step, self.hardware.processes
-        if asked < processes:
-            raise ValueError(f"riel.questions_per_step={asked} must be >= hardware.processes={processes}")
-        if self.sampling.engine == "vllm" and (processes > 1 or self.hardware.accelerate_config):
+        if self.sampling.engine == "vllm" and (self.hardware.processes > 1 or self.hardware.accelerate_config):
             alone = "hardware.processes=1 and accelerate_config=null"
             raise ValueError(f"sampling.engine=vllm runs inside one process: set {alone}, or take native")
         return self

@@ -60,6 +60,31 @@ def test_another_kind_of_task_or_model_replaces_and_the_same_kind_merges(params)
         load_run("params/smoke.yaml", {"model.source": "hub"})  # hidden_size is gone, and so not complained about
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("num_processes: 3", "a.yaml:1: num_processes = 3: must be 2 .hardware.processes"),
+        ("mixed_precision: bf16", "mixed_precision = 'bf16': must be no .* .model.dtype says it"),
+        ("distributed_type: DEEPSPEED", "distributed_type = 'DEEPSPEED': must be NO or MULTI_CPU or MULTI_GPU or FSDP"),
+        ("distributed_type: FSDP", "fsdp_config.fsdp_version = None: must be 2"),
+        ("fsdp_version: 1", "a.yaml:3: fsdp_config.fsdp_version = 1: must be 2 .FSDP2"),
+        ("fsdp_version: 2", "fsdp_cpu_ram_efficient_loading = None: must be False .every process loads"),
+        ("fsdp_version: 2, fsdp_cpu_ram_efficient_loading: false, fsdp_offload_params: true", "fsdp_offload_params = True: must be False"),
+        ("fsdp_version: 2, fsdp_cpu_ram_efficient_loading: false, fsdp_activation_checkpointing: true",
+         "fsdp_activation_checkpointing = True: must be False .hardware.gradient_checkpointing"),
+    ],
+)  # fmt: skip
+def test_an_accelerate_config_may_not_contradict_the_run(tmp_path, text, message):
+    file = tmp_path / "a.yaml"
+    file.write_text(f"distributed_type: FSDP\nfsdp_config:\n  {{{text}}}\n" if text.startswith("fsdp_") else f"{text}\n")
+    p = load_run("smoke.yaml", {"hardware.processes": 2, "hardware.accelerate_config": str(file)})
+    with pytest.raises(ParamsError, match=message):
+        config.accelerate_values(p)
+    file.unlink()
+    with pytest.raises(ParamsError, match="hardware.accelerate_config=.*a.yaml: no such file"):
+        config.accelerate_values(p)
+
+
 def test_circle_and_missing_file_are_named(params):
     params("a.yaml", "use: [b.yaml]\n")
     params("b.yaml", "use: [a.yaml]\n")
@@ -118,7 +143,6 @@ def test_base_gives_every_value_that_no_part_gives():
         ("experts.known.story.teacher.style=storry", "teacher.style='storry' is none of the styles .*mean 'story'?"),
         ("experts.known.story.teacher.mistaken_on=los", "mistaken_on='los' is none of .*did you mean 'loss'?"),
         ("evaluate.test_questions=9", "evaluate.test_questions=9 exceeds task.test_questions=8"),
-        ("hardware.processes=3", "riel.questions_per_step=2 must be >= hardware.processes=3"),
         ("model.heads=3", "hidden_size=32 must be a multiple of 2 x heads=3"),
         ("riel.lr=.inf", "riel.lr = inf: must be a finite number"),
         ("riel.objective.grpo.scale=sdt", "scale = 'sdt': must be one of 'none' or 'std'; did you mean 'std'?"),

@@ -6,10 +6,10 @@ import json
 import socket
 import weakref
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config
@@ -102,18 +102,17 @@ class Live(TorchDispatchMode):
         self.now -= self._sizes.pop(key)
 
 
-class FusedAttention(TorchFunctionMode):
-    """Attention as a GPU computes it, keeping no probabilities; meta alone would keep them."""
+_attention = torch.nn.functional.scaled_dot_product_attention
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is not torch.nn.functional.scaled_dot_product_attention or not args[0].is_meta:
-            return func(*args, **(kwargs or {}))
-        query, key, value = args
-        if kwargs.get("is_causal"):
-            return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True)[0]
-        mask = kwargs["attn_mask"]
-        bias = torch.zeros_like(mask, dtype=query.dtype).expand(-1, query.shape[1], -1, -1)
-        return torch.ops.aten._scaled_dot_product_efficient_attention(*args, bias, True)[0]
+
+def fused_attention(query, key, value, **options):
+    """Attention as a GPU computes it, keeping no probabilities; meta alone would keep them."""
+    if not query.is_meta:
+        return _attention(query, key, value, **options)
+    if options.get("is_causal"):
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True)[0]
+    bias = torch.zeros_like(options["attn_mask"], dtype=query.dtype).expand(-1, query.shape[1], -1, -1)
+    return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, bias, True)[0]
 
 
 def traced(model: PreTrainedModel, rows: int, prompt_tokens: int, answer_tokens: int) -> int:
@@ -125,7 +124,8 @@ def traced(model: PreTrainedModel, rows: int, prompt_tokens: int, answer_tokens:
     loss = AnswerLoss([part], [1.0], group, [[Use(0, row, 1.0)] for row in part.rows], [], None)
     model.train()
     known = [*model.parameters(), *model.buffers(), *(parameter.grad for parameter in model.parameters())]
-    with FusedAttention(), Live(known) as live, packing.packed_attention(model):
+    fused = mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", fused_attention)
+    with fused, Live(known) as live, packing.packed_attention(model):
         packing.run(Bare(model), model, group, loss).backward()
     return live.peak
 
@@ -182,6 +182,33 @@ def test_a_pass_takes_what_is_alive_at_once_when_it_is_traced(file, within):
     for rows in (1, 3):
         held = traced(model, rows, prompt, answer)
         assert dryrun.pass_bytes(model, rows, prompt, answer) == pytest.approx(held, rel=within)
+
+
+@pytest.mark.parametrize("file", ["paper-qwen-gsm8k.yaml", "paper-llama-mathqa.yaml", "demo.yaml", "smoke.yaml"])
+def test_with_gradient_checkpointing_too(file):
+    p = config.load_run(file)
+    model, answer = dryrun.empty_model(p), p.sampling.max_answer_tokens
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for rows in (1, 12):
+        held = traced(model, rows, min(288, model.config.max_position_embeddings - answer), answer)
+        told = dryrun.pass_bytes(model, rows, min(288, model.config.max_position_embeddings - answer), answer, again=True)
+        assert told == pytest.approx(held, rel=0.15)
+
+
+def test_fsdp_divides_what_stays_and_gathers_to_sample():
+    whole = parts_of(config.load_run("paper-qwen-gsm8k.yaml"))
+    file = "params/hardware/accelerate/gpu8-fsdp.yaml"
+    told = parts_of(config.load_run("paper-qwen-gsm8k.yaml", {"hardware.accelerate_config": file}))
+    count = 1_543_714_304
+    assert told["weights"] == 2 * count // 8 and told["float32 copies"] == 4 * count // 8 == told["moments"] // 2
+    assert told["gradients"] == 2 * count // 8  # and no buckets
+    assert told["or: an update"] == 8 * count // 8
+    assert told["and: sampling"] == 2 * count  # gathered
+    outer, layer = 151_936 * 1536 + 1536, (count - 151_936 * 1536 - 1536) // 28
+    assert told["or: a pass"] == whole["or: a pass"] + 2 * (2 * outer + 3 * layer)
+    assert told["most"] < whole["most"] - 18 * count * 7 // 8 + 3 * count
+    again = {"hardware.accelerate_config": file, "hardware.gradient_checkpointing": True}
+    assert parts_of(config.load_run("paper-qwen-gsm8k.yaml", again))["or: a pass"] < told["or: a pass"] / 2
 
 
 @pytest.mark.parametrize("kind", [LlamaConfig, Qwen2Config])

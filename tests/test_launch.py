@@ -264,6 +264,21 @@ def test_two_processes_are_watched_and_logged(run, worker, capsys):
     assert logs == {"0": "hello from 0\n", "1": "hello from 1\n"}
 
 
+@pytest.mark.parametrize(("machines", "gpus"), [(1, 0), (2, 0), (2, 8)])
+def test_a_config_file_starts_cpu_processes_by_torchs_launcher_and_gpus_by_accelerates(run, tmp_path, monkeypatch, machines, gpus):
+    monkeypatch.setattr(runs, "gpus", lambda: ["a GPU"] * gpus)
+    file = tmp_path / "a.yaml"
+    file.write_text(f"num_machines: {machines}\nnum_processes: 2\n")
+    p = run("hardware.processes=2", "hardware.device=auto", f"hardware.accelerate_config={file}")
+    if machines == 2 and not gpus:
+        with pytest.raises(config.ParamsError, match="a.yaml: num_machines=2 must be 1 where there is no GPU"):
+            launch._command(p, tmp_path, [])
+    else:
+        command = launch._command(p, tmp_path, [])
+        assert ("torch.distributed.run" in command) is not bool(gpus)
+        assert (str(file) in command) is bool(gpus)
+
+
 def test_the_rank_that_failed_first_is_named(run, worker):
     p = run("hardware.processes=2", "seed=13")
     folder = RunFolder(p.folder("mef"))

@@ -21,6 +21,8 @@ FOLDERS = ("tasks", "experts", "models", "objectives", "hardware", "studies/rows
 PARTS = sorted(file for folder in FOLDERS for file in (PARAMS / folder).glob("*.yaml"))
 PAPER = [f"paper-{model}-{task}" for model in ("qwen", "llama") for task in ("gsm8k", "mathqa", "strategyqa")]
 SMOLLM2 = [f"smollm2-{task}" for task in ("gsm8k", "mathqa", "strategyqa")]
+CHOSEN = {f"hardware/{name}.yaml" for name in ("cpu2", "cpu2-fsdp", "gpu8-fsdp", "node2x8-fsdp")}
+"""Layouts that no preset takes, for a user's own run file."""
 SAID_AGAIN = {"demo.yaml": {"mef.answers_per_step", "riel.rollouts_per_expert"}}  # the demo shows its whole size
 
 
@@ -61,7 +63,24 @@ def test_every_part_is_used():
         return set()
 
     used = set().union(*(names(yaml.safe_load(file.read_text())) for file in [*RUNS, *STUDIES, *PARTS]))
-    assert {short(file) for file in PARTS} <= used
+    assert {short(file) for file in PARTS} == used & {short(file) for file in PARTS} | CHOSEN
+
+
+@pytest.mark.parametrize("file", sorted((PARAMS / "hardware").glob("*.yaml")), ids=short)
+def test_a_layout_fits_its_accelerate_config_and_says_whether_it_has_run(file, tmp_path):
+    own = tmp_path / "params" / "own.yaml"
+    own.parent.mkdir()
+    own.write_text(f"use: [{PARAMS / 'smoke.yaml'}, {file}]\n")
+    p = config.load_run(own)
+    device, machines, each = re.match(r"(cpu|gpu|node)(?:(\d+)x)?(\d+)", file.stem).groups()
+    assert p.hardware.device == ("cpu" if device == "cpu" else "cuda")
+    assert p.hardware.processes == int(machines or 1) * int(each)
+    values = config.accelerate_values(p)
+    assert (values.get("distributed_type") == "FSDP") is file.stem.endswith("-fsdp")
+    assert values.get("num_machines", 1) == int(machines or 1)
+    ours = device == "cpu" or p.hardware.processes == 1
+    for each_file in [file, *([config.locate(p.hardware.accelerate_config)] if values else [])]:
+        assert each_file.read_text().startswith(f"# {dryrun.NEVER_RUN}") is not ours
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -2,9 +2,6 @@
 
 import copy
 import dataclasses
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
@@ -250,22 +247,3 @@ def test_every_teachers_answers_are_scored_under_every_prompt(trained, task, pan
     pd.DataFrame({"question_id": [task.questions("test")[0].id], "text": "#### 1"}).to_csv(file, index=False)
     with pytest.raises(ValueError, match=r"\['equations', 'story'\] have no answered question in common"):
         likelihoods(experts.Panel([other, panel[1]]))
-
-
-def test_two_processes_make_the_update_of_one(tmp_path):
-    """Same global batch over 1 and 2 processes: the same rollouts, buffer and weights (float32, AdamW)."""
-    script = Path(__file__).with_name("riel_over_processes.py")
-    results = []
-    for processes in (1, 2):
-        out = tmp_path / f"{processes}.pt"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(script), str(out)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=script.parent.parent)
-        assert done.returncode == 0, done.stderr[-3000:]
-        results.append(torch.load(out, weights_only=True))
-    one, two = results
-    assert one["processes"] == 1 and two["processes"] == 2
-    assert one["texts"] == two["texts"]
-    assert one["spent"] == two["spent"] and min(one["spent"][-1]) > 0
-    assert one["buffer"] == two["buffer"] and one["flushes"] == two["flushes"] >= 1
-    assert (one["weights"] - two["weights"]).norm() / one["weights"].norm() < 1e-5
-    assert (one["weights"] - one["start"]).norm() / one["weights"].norm() > 1e-3

@@ -241,7 +241,10 @@ def _command(p: config.Run, logs: Path, worker: list[str]) -> list[str]:
     if _alone(p):
         return [sys.executable, *worker]
     count, file = str(p.hardware.processes), p.hardware.accelerate_config
-    if not file and (p.hardware.device == "cpu" or not runs.gpus()):  # accelerate's --cpu starts one process
+    if p.hardware.device == "cpu" or not runs.gpus():  # accelerate's --cpu starts one process, with a file too
+        machines = config.accelerate_values(p).get("num_machines", 1)
+        if machines != 1:
+            raise config.ParamsError(f"{file}: num_machines={machines} must be 1 where there is no GPU")
         options = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
         options += ["--nproc-per-node", count, "--tee", "3", "--log-dir", str(logs)]
         return [sys.executable, "-m", "torch.distributed.run", *options, *worker]
@@ -259,12 +262,7 @@ def _check_port(p: config.Run) -> None:
 
     Raises: OSError on the machine of rank 0, which opens it.
     """
-    import yaml
-
-    if p.hardware.accelerate_config is None:
-        return
-    file = config.locate(p.hardware.accelerate_config)
-    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    values, file = config.accelerate_values(p), p.hardware.accelerate_config
     port = values.get("main_process_port")
     if not port or int(values.get("machine_rank") or 0):  # 0: a free one
         return

@@ -13,6 +13,7 @@ from meml_lib.experts import Expert
 from meml_lib.rollouts import Rollout, native, uniforms, vllm
 from meml_lib.schema import SamplingParams
 from meml_lib.tasks import Question, Task
+from meml_lib.training import sharding
 from meml_lib.training.policy import Policy
 from meml_lib.training.profile import span
 
@@ -23,14 +24,15 @@ class Asked:
 
     prompts_BE: list[list[tuple[int, ...]]]
     rollouts_BEG: list[list[list[Rollout]]]
+    shape: tuple[int, int, int]
+    """B, E, G."""
     rows: list[dict]
     """The answers table, one row a rollout, in BEG order: question_id, expert, sample, text, answer, correct, tokens, ended."""
 
     @property
     def rewards_BEG(self) -> Tensor:
         """1 for a right answer, 0 for a wrong or unreadable one; float32."""
-        shape = len(self.rollouts_BEG), len(self.rollouts_BEG[0]), -1
-        return torch.tensor([float(row["correct"] is True) for row in self.rows]).view(shape)
+        return torch.tensor([float(row["correct"] is True) for row in self.rows]).view(self.shape)
 
 
 def in_order(rows: Sequence[dict], questions: Sequence[Question], panel: Sequence[Expert]) -> list[dict]:
@@ -53,10 +55,11 @@ def ask(
 ) -> Asked:
     """Sample `rollouts` answers from every expert to every question, and grade them.
 
-    A truncated answer counts as unreadable, whatever could be read in it: it never came to its end.
+    A truncated answer counts as unreadable, whatever could be read in it: it never came to its end. All processes call it
+    together, each with its share of the questions; a share may be empty.
 
     Args:
-      questions: B, at least one. sampling: temperature None asks greedily.
+      questions: B. sampling: temperature None asks greedily.
       key: start of the random key, e.g. (seed, step); question, expert and rollout number complete it.
     """
     prompts_BE = [[policy.prompt_ids(expert.system, question.text) for expert in panel] for question in questions]
@@ -65,10 +68,10 @@ def ask(
     if sampling.temperature is None:
         uniform_NT = np.zeros((len(keys), limit))
     else:
-        uniform_NT = np.stack([uniforms(*key, *k, count=limit) for k in keys])
+        uniform_NT = np.array([uniforms(*key, *k, count=limit) for k in keys]).reshape(len(keys), limit)
     policy.model.eval()
     engine = {"native": native, "vllm": vllm}[sampling.engine]
-    with span("sample"):
+    with span("sample"), sharding.gathered(policy.model):
         flat = engine.sample(
             policy.model,
             [prompt for row in prompts_BE for prompt in row for _ in range(rollouts)],
@@ -89,4 +92,4 @@ def ask(
         rows.append(row | {"correct": correct, "tokens": len(rollout.tokens), "ended": rollout.ended})
     it = iter(flat)
     rollouts_BEG = [[[next(it) for _ in range(rollouts)] for _ in panel] for _ in questions]
-    return Asked(prompts_BE, rollouts_BEG, rows)
+    return Asked(prompts_BE, rollouts_BEG, (len(questions), len(panel), rollouts), rows)

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from meml_lib import config, experts, schema, tasks
 from meml_lib.experts import Expert
 from meml_lib.rollouts import native, vllm
-from meml_lib.training import evaluate, head, mef, policy
+from meml_lib.training import evaluate, head, mef, policy, sharding
 
 PROMPT_TOKENS = 288
 """Assumed length of a prompt; the longest of the public sets' training prompts has 269 tokens of SmolLM2's tokenizer."""
@@ -67,7 +67,7 @@ def _config(params: schema.HubModelParams | schema.GgufModelParams):
 def memory(p: config.Run, model: PreTrainedModel) -> tuple[list[tuple[str, int, str]], int]:
     """Bytes of each process's device by part, with the formula of each, and the most that is held at once.
 
-    Plain data parallel; longest prompts and answers everywhere; without what CUDA and its allocator keep for themselves.
+    Longest prompts and answers everywhere; without what CUDA and its allocator keep for themselves.
 
     Returns: (part, bytes, formula), the parts that stay first; the most at once: those, and the largest of the others.
     Raises: ValueError if the longest answer leaves no room for a prompt.
@@ -78,7 +78,9 @@ def memory(p: config.Run, model: PreTrainedModel) -> tuple[list[tuple[str, int, 
     if prompt < 1:
         most = c.max_position_embeddings
         raise ValueError(f"sampling.max_answer_tokens={answer} must be < the model's {most} positions")
-    half, parallel = size < 4, p.hardware.processes > 1
+    sharded = config.accelerate_values(p).get("distributed_type") == "FSDP"
+    parts, half = p.hardware.processes if sharded else 1, size < 4
+    buckets, over = p.hardware.processes > 1 and not sharded, f" / {parts} processes" * sharded
     head_size = _head(c)
     cache = rows * (prompt + answer) * layers * 2 * c.num_key_value_heads * head_size * size
     # The sampler's fused copies of weights (q, k and v; gate and up), logits of two steps, and a draw's work, of each
@@ -88,10 +90,10 @@ def memory(p: config.Run, model: PreTrainedModel) -> tuple[list[tuple[str, int, 
     step = fused * size + words * 2 * size + min(words, native.CUDA_ENTRIES) * 16
     at_once = max(1, (p.hardware.micro_batch_tokens - prompt) // answer)
     stay = [
-        ("weights", count * size, f"{count:,} parameters x {size} bytes"),
-        ("float32 copies", half * count * 4, "parameters x 4 bytes, which the optimiser works on"),
-        ("gradients", count * size * (1 + parallel), f"parameters x {size} bytes{', and all-reduce buckets' * parallel}"),
-        ("moments", count * 8, "parameters x 8 bytes: Adam's two, float32 (Muon: fewer)"),
+        ("weights", count * size // parts, f"{count:,} parameters x {size} bytes{over}"),
+        ("float32 copies", half * count * 4 // parts, f"parameters x 4 bytes{over}, which the optimiser works on"),
+        ("gradients", count * size * (1 + buckets) // parts, f"parameters x {size} bytes{over}{', and all-reduce buckets' * buckets}"),
+        ("moments", count * 8 // parts, f"parameters x 8 bytes{over}: Adam's two, float32 (Muon: fewer)"),
     ]
     sampling = [
         ("or: sampling", cache, f"KV cache of {rows} rows x ({prompt} + {answer}) tokens x {layers} "
@@ -99,27 +101,37 @@ def memory(p: config.Run, model: PreTrainedModel) -> tuple[list[tuple[str, int, 
         ("", step, f"{fused:,} fused weights x {size} bytes; {rows} rows x {c.vocab_size:,} words x 2 x {size} bytes, "
          f"and 16 bytes of at most {native.CUDA_ENTRIES:,} at once"),
     ]  # fmt: skip
+    gathered = 0
+    if sharded:
+        sampling.append(("", count * size, "whole weights, gathered"))
+        layer = sum(weight.numel() for weight in sharding.layers(model)[0].parameters())
+        gathered = (2 * (count - layers * layer) + 3 * layer) * size
     if p.sampling.engine == "vllm":
         sampling, tied = [], c.tie_word_embeddings * c.vocab_size * c.hidden_size
         kept = vllm.cache_bytes(c.to_dict(), rows, answer, min(vllm.POSITIONS, c.max_position_embeddings), size)
         stay.append(("vLLM", (count + tied) * size + kept, f"its weights; keys and values of {rows} rows x "
                      f"({vllm.PROMPT_TOKENS} + {answer}) tokens at most: {_size(kept)}; without its draws"))  # fmt: skip
+    held = pass_bytes(model, at_once, prompt, answer, p.hardware.device, p.hardware.gradient_checkpointing)
+    told = ", and whole: the outer weights with their gradients, two layers, one's gradients" * sharded
     turns = [
-        ("or: a pass", pass_bytes(model, at_once, prompt, answer, p.hardware.device), f"forward and backward of {at_once} answers x "
-         f"{answer} tokens to a prompt of {prompt}, within 30 %"),
-        ("or: an update", count * 4 * (1 + half), "the optimiser's float32 intermediates and gradients"),
+        ("or: a pass", held + gathered, f"forward and backward of {at_once} answers x {answer} tokens to a prompt of {prompt}, "
+         f"within 30 %{told}"),
+        ("or: an update", count * 4 * (1 + half) // parts, f"the optimiser's float32 intermediates and gradients{over}"),
     ]  # fmt: skip
     largest = max(sum(part[1] for part in sampling), *(part[1] for part in turns))
     return [*(part for part in stay if part[1]), *sampling, *turns], sum(part[1] for part in stay) + largest
 
 
-def pass_bytes(model: PreTrainedModel, answers: int, prompt_tokens: int, answer_tokens: int, device: str = "cuda") -> int:
+def pass_bytes(
+    model: PreTrainedModel, answers: int, prompt_tokens: int, answer_tokens: int, device: str = "cuda", again: bool = False
+) -> int:
     """About the most bytes alive at once while a prompt and its answers are trained on, beside weights and gradients.
 
     Of each token, a layer keeps four vectors as wide as the model and as its MLP, three as its heads, two of the model's
     in float32 (its norms'); of each answer, keys and values of all it sees for all heads, and the attention's mask. The
     output layer holds a slab of logits, a chunk of it in float32, and its weight's gradient: summed in float32 where
-    there are several slabs.
+    there are several slabs. With `again` (gradient checkpointing) a layer keeps what comes into it, and one at a time the
+    rest and its gradients; at the end a tied output layer's gradient waits for the embedding's, and for their sum.
     Traced passes of Llama- and Qwen-shaped models differ by 5 %, of very small ones by 30 % (`tests/test_dryrun.py`).
     """
     c, size, heads = model.config, model.dtype.itemsize, model.config.num_attention_heads * _head(model.config)
@@ -131,6 +143,10 @@ def pass_bytes(model: PreTrainedModel, answers: int, prompt_tokens: int, answer_
     weights = c.vocab_size * c.hidden_size * (size if logits <= slab else 2 * size + 4)
     copies = 1 + (size < 4)
     output = min(logits, slab) + max(weights, min(copies * logits * 4 // size, copies * chunk))
+    if again:
+        embedding = 3 * c.vocab_size * c.hidden_size * size * c.tie_word_embeddings
+        inputs = c.num_hidden_layers * tokens * c.hidden_size * size
+        return max(inputs + max(4 * layer // 3, output), embedding)
     return c.num_hidden_layers * layer + output
 
 

@@ -13,7 +13,7 @@ from meml_lib import experts, tasks
 from meml_lib.experts import Expert
 from meml_lib.schema import RunParams, SamplingParams
 from meml_lib.tasks import Question, Task
-from meml_lib.training import mef
+from meml_lib.training import mef, sharding
 from meml_lib.training.ask import ask, in_order
 from meml_lib.training.learner import micro_batches
 from meml_lib.training.policy import Policy, Row
@@ -53,7 +53,7 @@ def answers(
     import pandas as pd
 
     share = list(questions)[accelerator.process_index :: accelerator.num_processes]
-    rows = ask(policy, task, panel, share, sampling, rollouts=rollouts, key=(seed, "evaluate")).rows if share else []
+    rows = ask(policy, task, panel, share, sampling, rollouts=rollouts, key=(seed, "evaluate")).rows
     return pd.DataFrame(in_order(gather_object(rows), questions, panel)).astype({"correct": "boolean"})
 
 
@@ -127,12 +127,13 @@ def prompt_teacher(
     rows = [Row(policy.prompt_ids(e.system, text_of[q]), policy.answer_ids(text)) for _, (q, e, _, text) in share]
     found = []
     policy.model.eval()
-    for batch in micro_batches([row.tokens for row in rows], p.hardware.micro_batch_tokens):
-        logp_NT, mask_NT = policy.score([rows[n] for n in batch])
-        for n, logp in zip(batch, logp_NT.masked_fill(~mask_NT, 0.0).sum(-1).tolist(), strict=True):
-            place, (question_id, expert, teacher, _) = share[n]
-            head = {"question_id": question_id, "split": split, "prompt": expert.name, "teacher": teacher}
-            found.append((place, head | {"logp": logp, "tokens": len(rows[n].answer)}))
+    with sharding.gathered(policy.model):
+        for batch in micro_batches([row.tokens for row in rows], p.hardware.micro_batch_tokens):
+            logp_NT, mask_NT = policy.score([rows[n] for n in batch])
+            for n, logp in zip(batch, logp_NT.masked_fill(~mask_NT, 0.0).sum(-1).tolist(), strict=True):
+                place, (question_id, expert, teacher, _) = share[n]
+                head = {"question_id": question_id, "split": split, "prompt": expert.name, "teacher": teacher}
+                found.append((place, head | {"logp": logp, "tokens": len(rows[n].answer)}))
     return pd.DataFrame([row for _, row in sorted(gather_object(found), key=lambda numbered: numbered[0])])
 
 

@@ -5,17 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from meml_lib.schema import OptimizerParams
-from meml_lib.training import packing
+from meml_lib.training import packing, sharding
 from meml_lib.training.head import AnswerLoss, Use
 from meml_lib.training.losses import Part, WeighedRow, token_weights
 from meml_lib.training.policy import Policy, Row
 from meml_lib.training.profile import span
+
+
+class State(NamedTuple):
+    """What a learner goes on from; whole tensors on the CPU."""
+
+    weights: dict[str, Tensor]
+    """Those that are trained, as the optimiser has them: float32."""
+    moments: dict[str, Tensor]
+    """Its own tensors, by optimiser, number of the weight and name."""
+    place: dict[str, int]
+    """In the schedule."""
 
 
 class Learner:
@@ -28,6 +40,7 @@ class Learner:
       max_answer_tokens: the constant of divide_by "constant".
       micro_batch_tokens: of one forward and backward pass; a prompt counts once for all of its answers there, padding
         only where the model cannot be packed (`packing.packs`).
+      sharded: divide weights, gradients and moments over the processes (`sharding.wrap`); changes no update.
     """
 
     def __init__(
@@ -39,10 +52,11 @@ class Learner:
         steps: int,
         max_answer_tokens: int,
         micro_batch_tokens: int,
+        sharded: bool = False,
     ):
         self.policy, self.accelerator, self.params = policy, accelerator, params
         self.max_answer_tokens, self.micro_batch_tokens = max_answer_tokens, micro_batch_tokens
-        self.model = accelerator.prepare_model(policy.model)
+        self.model = sharding.wrap(policy.model, accelerator, sharded=sharded)
         named = [(n, p) for n, p in policy.model.named_parameters() if p.requires_grad]
         # A bfloat16 weight keeps 8 bits: an update of 1e-5 on a weight of 0.05 would round away. The optimiser
         # therefore works on float32 copies, which are rounded into the weights after each step.
@@ -52,18 +66,30 @@ class Learner:
         self._optimizers = _optimizers(params, self._names, self._masters)
         self._steps, self._done = steps, 0
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, int]]:
-        """What `restore` goes on from: the weights as the optimiser has them (float32), its moments, and the schedule's place."""
-        moments = {
-            f"{k}.{n}.{name}": value
-            for k, optimizer in enumerate(self._optimizers)
-            for n, of_weight in optimizer.state_dict()["state"].items()
-            for name, value in of_weight.items()
-        }
-        return dict(zip(self._names, self._masters, strict=True)), moments, {"done": self._done}
+    def state(self, *, keep: bool = True) -> State:
+        """What `restore` goes on from, whatever the processes and their layout are then; all processes call it.
+
+        Args: keep: whether this process wants it; else it is empty. What is not divided is not copied.
+        """
+        weights, moments = {}, {}
+
+        def note(told: dict[str, Tensor], name: str, value: Tensor) -> None:
+            whole = sharding.full(value.detach())
+            if keep:
+                told[name] = whole.cpu()
+
+        for name, master in zip(self._names, self._masters, strict=True):
+            note(weights, name, master)
+        for k, optimizer in enumerate(self._optimizers):
+            for n, of_weight in optimizer.state_dict()["state"].items():
+                for name, value in of_weight.items():
+                    note(moments, f"{k}.{n}.{name}", value)
+        return State(weights, moments, {"done": self._done})
 
     def restore(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], place: Mapping[str, int]) -> None:
         """Go on from what `state` gave, with this learner's own learning rate and length of schedule.
+
+        All processes have it; the moments are taken over, not copied.
 
         Raises: ValueError if the weights have other names or shapes.
         """
@@ -74,16 +100,17 @@ class Learner:
             raise ValueError(f"the checkpoint's weights are another model's: {', '.join(odd[:3])} ({len(odd)} differ)")
         with torch.no_grad():
             for name, master in zip(self._names, self._masters, strict=True):
-                master.copy_(weights[name])
+                sharding.local(master).copy_(sharding.local(sharding.divided(weights[name], like=master)))
             for parameter, copy in self._copies:
                 parameter.copy_(copy)
         for k, optimizer in enumerate(self._optimizers):
-            told, of_weights = optimizer.state_dict(), {}
+            of_weights: dict[int, dict[str, Tensor]] = {}
+            trained = [weight for group in optimizer.param_groups for weight in group["params"]]
             for key, value in moments.items():
                 at, n, name = key.split(".", 2)
                 if int(at) == k:
-                    of_weights.setdefault(int(n), {})[name] = value
-            optimizer.load_state_dict({"state": of_weights, "param_groups": told["param_groups"]})
+                    of_weights.setdefault(int(n), {})[name] = sharding.divided(value, like=trained[int(n)])
+            optimizer.load_state_dict({"state": of_weights, "param_groups": optimizer.state_dict()["param_groups"]})
         self._done = place["done"]
 
     @property
@@ -117,9 +144,11 @@ class Learner:
         batches += [self._idle()] * (most - len(batches))
         self.model.train()
         losses = torch.zeros(len(parts), device=self.accelerator.device)
+        # Divided gradients are summed over processes pass by pass: kept until the last one, they would be whole.
+        waits = not sharding.is_sharded(self.model)
         with packing.packed_attention(self.policy.model):
             for k, batch in enumerate(batches, start=1):
-                with self.accelerator.no_sync(self.model) if k < most else nullcontext():
+                with self.accelerator.no_sync(self.model) if waits and k < most else nullcontext():
                     losses += self._pass(parts, *zip(*batch, strict=True))
         grad_norm = self._step() if most else 0.0
         self._done += advance
@@ -167,7 +196,7 @@ class Learner:
             best_rows = list(dict.fromkeys(use.best_row for of_row in uses for use in of_row if use.part in wide))
             with torch.no_grad():
                 best = packing.run(self.policy, self.model, best_rows or rows, lambda x_nF, *output: x_nF)
-        # DDP averages gradients over processes, while row weights already hold the global denominator.
+        # DDP and FSDP average gradients over processes, while row weights already hold the global denominator.
         scales = [part.weight * self.accelerator.num_processes for part in parts]
         loss = AnswerLoss(parts, scales, rows, uses, best_rows, best)
         self.accelerator.backward(packing.run(self.policy, self.model, rows, loss))
@@ -189,7 +218,8 @@ class Learner:
             copy.grad = None if parameter.grad is None else parameter.grad.float()
             parameter.grad = None
         limit = self.params.max_grad_norm
-        grad_norm = torch.nn.utils.clip_grad_norm_(self._masters, float("inf") if limit is None else limit).item()
+        norm = torch.nn.utils.clip_grad_norm_(self._masters, float("inf") if limit is None else limit)
+        grad_norm = sharding.full(norm).item()
         if not math.isfinite(grad_norm):
             raise FloatingPointError(f"gradient norm is {grad_norm}; no step was taken. Try a lower lr or float32")
         for optimizer in self._optimizers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from transformers.utils import logging
 
 from meml_lib.schema import HubModelParams, ModelParams, ScratchModelParams
 from meml_lib.tasks import hub
+from meml_lib.training import sharding
 
 logging.disable_progress_bar()  # of loading and saving weights: seconds at most, and lines in every notebook
 
@@ -97,17 +99,23 @@ class Policy:
         picked_NT = logits_NTV.gather(-1, answer_NT[..., None])[..., 0]
         return picked_NT - logits_NTV.logsumexp(-1), mask_NT
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, *, write: bool = True) -> None:
         """Write an ordinary transformers folder: weights, configs, tokenizer, chat template; `generate` ends where we do.
 
         Adapters are merged; alone they go into a folder `adapter` beside it, for the model that they were trained on.
+
+        Args: write: False in all processes but one; all call it, since divided weights are gathered.
         """
         model = self.model
+        if sharding.is_sharded(model):
+            model = sharding.plain(model, keep=write)
+        elif write and hasattr(model, "merge_and_unload"):
+            model = deepcopy(model)
+        if not write:
+            return
         if hasattr(model, "merge_and_unload"):
-            from copy import deepcopy
-
             model.save_pretrained(folder.with_name("adapter"))
-            model = deepcopy(model).merge_and_unload()
+            model = model.merge_and_unload()
         model.generation_config.eos_token_id = list(self.end_ids)
         if model.generation_config.pad_token_id is None:
             model.generation_config.pad_token_id = self.tokenizer.pad_token_id or self.end_ids[0]

@@ -44,7 +44,7 @@ def train(
     """MEML-GRPO, arXiv 2508.09670: eq. 5-10 and the hard-example buffer. Yields after each step's update; ends
     after `riel.steps` of them, or once a budget of `riel.stop_at` is spent.
 
-    Each process takes its share of the step's questions; the buffer, the losses' denominators, the metrics and the
+    Each process takes its share of the step's questions, which may be none; the buffer, the losses' denominators, the metrics and the
     random draws are those of all processes together.
 
     Args: state: of the step to go on from, see `Step.state`.
@@ -61,8 +61,6 @@ def train(
     flushes, spent = state["flushes"], dict(state["spent"])
     if hard:
         buffer.held += map(tuple, state["held"])
-    if p.riel.questions_per_step < processes:
-        raise ValueError(f"riel.questions_per_step={p.riel.questions_per_step} must be >= the {processes} processes")
 
     for step, numbers in enumerate(stream, start=state["steps"]):
         if any(most is not None and spent[budget] >= most for budget, most in p.riel.stop_at):
@@ -162,7 +160,7 @@ def _ground_truth(policy: Policy, question: Question, system: str) -> Row:
 
 def _ties(questions: Sequence[Question], panel: Sequence[Expert], seed: int, step: int) -> torch.Tensor:
     draws = [[uniforms(seed, step, q.id, e.name, "tie", count=1)[0] for e in panel] for q in questions]
-    return torch.tensor(draws, dtype=torch.float64)
+    return torch.tensor(draws, dtype=torch.float64).view(len(questions), len(panel))
 
 
 def _mean(values: Sequence[float]) -> float:

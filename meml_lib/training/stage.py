@@ -27,7 +27,7 @@ from meml_lib.analysis import card
 from meml_lib.rollouts import vllm
 from meml_lib.runs import RunFolder
 from meml_lib.schema import MefParams, OptimizerParams, RielParams
-from meml_lib.training import checkpoints, evaluate, mef, policy, riel
+from meml_lib.training import checkpoints, evaluate, mef, policy, riel, sharding
 from meml_lib.training.learner import Learner
 from meml_lib.training.profile import profiled
 
@@ -96,7 +96,8 @@ def run(stage: config.Stage, p: config.Run, on_record: OnRecord | None = None) -
     if accelerator.is_main_process:
         for name, table in tables.items():
             folder.write_table(name, table)
-        learned.save(folder.path / "model")
+    learned.save(folder.path / "model", write=accelerator.is_main_process)
+    if accelerator.is_main_process:
         card.write(folder, stage, p)
     accelerator.wait_for_everyone()
     if p.sampling.engine == "vllm":
@@ -125,7 +126,7 @@ class _Keeping:
         if self._params.every is None or self._state is None or self._kept_at == self._state["steps"]:
             return
         self._kept_at = self._state["steps"]
-        weights, moments, place = self._learner.state()
+        weights, moments, place = self._learner.state(keep=self._accelerator.is_main_process)
         best, numbers = self._best.state()
         random = gather_object([_random_state(self._accelerator)])
         if self._accelerator.is_main_process:
@@ -351,34 +352,50 @@ class Best:
             return
         if accuracy > self._accuracy:
             self._accuracy, self._waited = accuracy, 0
-            self._weights = {name: tensor.detach().cpu().clone() for name, tensor in self._model.state_dict().items()}
+            state = self._model.state_dict()
+            self._weights = {name: sharding.local(tensor).detach().cpu().clone() for name, tensor in state.items()}
         else:
             self._waited += 1
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-        """What `go_on` takes."""
-        return self._weights or {}, {"accuracy": self._accuracy, "waited": self._waited}
+        """What `go_on` takes: whole weights; all processes call it."""
+        now = self._model.state_dict() if self._weights else {}
+        weights = {name: sharding.joined(self._weights[name], like=tensor) for name, tensor in now.items()}
+        return weights, {"accuracy": self._accuracy, "waited": self._waited}
 
     def go_on(self, weights: dict[str, torch.Tensor], numbers: dict[str, float]) -> None:
-        self._weights, self._accuracy, self._waited = weights or None, numbers["accuracy"], numbers["waited"]
+        self._accuracy, self._waited = numbers["accuracy"], numbers["waited"]
+        now = self._model.state_dict() if weights else {}
+        parts = {name: sharding.local(sharding.divided(weights[name], like=tensor)).cpu() for name, tensor in now.items()}
+        self._weights = parts or None
 
+    @torch.no_grad()
     def restore(self) -> None:
         """Put the best weights back, if any were kept."""
         if self._weights is not None:
-            self._model.load_state_dict(self._weights)
+            for name, tensor in self._model.state_dict().items():
+                sharding.local(tensor).copy_(self._weights[name])
 
 
 def learner_of(
     p: config.Run, params: OptimizerParams, learned: policy.Policy, accelerator: Accelerator, *, steps: int
 ) -> Learner:
-    return Learner(
+    """Raises: RuntimeError where FSDP is asked for and the weights are not divided."""
+    if p.hardware.gradient_checkpointing:
+        learned.model.gradient_checkpointing_enable({"use_reentrant": False})
+    sharded = config.accelerate_values(p).get("distributed_type") == "FSDP"
+    learner = Learner(
         learned,
         accelerator,
         params,
         steps=steps,
         max_answer_tokens=p.sampling.max_answer_tokens,
         micro_batch_tokens=p.hardware.micro_batch_tokens,
+        sharded=sharded,
     )
+    if sharded:
+        sharding.check(learner.model, accelerator.num_processes, f"hardware.accelerate_config={p.hardware.accelerate_config}")
+    return learner
 
 
 if __name__ == "__main__":
