@@ -1,4 +1,4 @@
-"""Run by test_sharding.py and test_cuda.py, in their process and under torch.distributed.run: updates of every kind of model."""
+"""Run by test_sharding.py and test_cuda.py, also under torch.distributed.run: small updates of every kind of model."""
 
 import sys
 from pathlib import Path

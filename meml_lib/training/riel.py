@@ -39,8 +39,8 @@ def train(p: RunParams, policy: Policy, learner: Learner, task: Task, panel: Seq
     """MEML-GRPO, arXiv 2508.09670: eq. 5-10 and the hard-example buffer. Yields after each step's update; ends
     after `riel.steps` of them, or once a budget of `riel.stop_at` is spent.
 
-    Each process takes its share of the step's questions, which may be none; the buffer, the losses' denominators, the metrics and the
-    random draws are those of all processes together.
+    Each process takes its share of the step's questions, which may be none; the buffer, the losses' denominators, the
+    metrics and the random draws are those of all processes together.
     """
     objective, group, seed = p.riel.objective, p.riel.rollouts_per_expert, p.seed
     rank, processes = learner.accelerator.process_index, learner.accelerator.num_processes
