@@ -1,4 +1,4 @@
-"""Run by test_sharding.py, in its own process and under torch.distributed.run: small updates of every kind of model."""
+"""Run by test_sharding.py and test_cuda.py, also under torch.distributed.run: small updates of every kind of model."""
 
 import copy
 import sys
@@ -20,6 +20,7 @@ from meml_lib.training.stage import Best  # noqa: E402
 
 KINDS = [(dtype, lora, again) for dtype in ("float32", "bfloat16") for lora in (False, True) for again in (False, True)]
 """Precision, LoRA, gradient checkpointing."""
+DEVICE = "cpu"
 
 
 def setting():
@@ -30,7 +31,7 @@ def policy_of(dtype="float32", lora=False, again=False) -> policy.Policy:
     task, panel = setting()
     words = [*task.words(), *(word for expert in panel for word in expert.system.split())]
     adapters = schema.LoraParams(rank=3, alpha=6) if lora else None  # of 2 processes, one holds 2 rows of it
-    learned = policy.load(SIZE.model_copy(update={"dtype": dtype, "lora": adapters}), device="cpu", words=words, seed=0)
+    learned = policy.load(SIZE.model_copy(update={"dtype": dtype, "lora": adapters}), device=DEVICE, words=words, seed=0)
     if again:
         learned.model.gradient_checkpointing_enable({"use_reentrant": False})
     return learned
@@ -53,13 +54,13 @@ def steps(learner: Learner, count: int) -> list[dict]:
 
 
 def whole(model) -> dict[str, torch.Tensor]:
-    return {name: sharding.full(weight.detach()).float().clone() for name, weight in model.named_parameters()}
+    return {name: sharding.full(weight.detach()).float().cpu().clone() for name, weight in model.named_parameters()}
 
 
 def exact(learner) -> dict[str, torch.Tensor]:
     """All weights; of those that train, what the optimiser holds: a step may be lost in a bfloat16 weight."""
     trained = [name for name, weight in learner.policy.model.named_parameters() if weight.requires_grad]
-    copies = {name: sharding.full(m.detach()).clone() for name, m in zip(trained, learner._masters, strict=True)}
+    copies = {name: sharding.full(m.detach()).cpu().clone() for name, m in zip(trained, learner._masters, strict=True)}
     return whole(learner.policy.model) | copies
 
 
@@ -114,7 +115,7 @@ def faults(accelerator: Accelerator) -> dict[str, str]:
 
 
 def main(folder: Path) -> None:
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=DEVICE == "cpu")
     main_process = accelerator.is_main_process
     found = {"ddp": updates(accelerator, sharded=False), "fsdp": updates(accelerator, sharded=True)}
     found["restored"] = restored(accelerator, sharded=True)
@@ -123,7 +124,7 @@ def main(folder: Path) -> None:
     learned = policy_of()
     learner = learner_of(learned, accelerator, sharded=True)
     held = sum(sharding.local(weight).numel() for weight in learned.model.parameters())
-    found["held"] = accelerator.gather(torch.tensor([held])).tolist()
+    found["held"] = accelerator.gather(torch.tensor([held], device=DEVICE)).tolist()
     best = Best(learned, patience=1)
     best.see(0.5)
     kept = whole(learned.model)
@@ -155,4 +156,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    DEVICE = sys.argv[2]
     main(Path(sys.argv[1]))

@@ -73,8 +73,8 @@ def same(one: Outcome, other: Outcome, what: str) -> int:
 
 def table() -> str:
     """Each layout against one process, in Markdown."""
-    rows = ["| optimizer | processes | layout | weights: difference / norm | moved / norm | rollouts equal | buffer equal |"]
-    rows += ["|---|---|---|---|---|---|---|"]
+    heads = ["optimizer", "processes", "layout", "weights: difference / norm", "moved / norm", "rollouts equal", "buffer equal"]
+    rows = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     with tempfile.TemporaryDirectory() as folder:
         for optimizer in ("adamw", "muon"):
             one = run(1, Path(folder), optimizer=optimizer)

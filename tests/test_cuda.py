@@ -1,7 +1,11 @@
 """On a GPU: what runs on CUDA alone (a captured graph, kernels) says and learns what the CPU does."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
+import layouts
 import pytest
 import torch
 from accelerate import Accelerator
@@ -111,3 +115,21 @@ def test_stage_2_takes_the_cpus_steps(trained, task, panel):  # noqa: F811
     (texts, buffer, weights), (on_cuda, its_buffer, its_weights) = run("cpu"), run("cuda")
     assert texts == on_cuda and buffer == its_buffer
     assert (its_weights - weights).norm() < 1e-4 * weights.norm()
+
+
+def test_weights_divided_over_one_gpu_take_the_cpus_steps(tmp_path):
+    """FSDP2 over NCCL, by the same code as over two CPU processes; with one card there is nothing to divide."""
+    root = Path(__file__).parents[1]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    command = [sys.executable, *launcher, str(root / "tests" / "layouts.py"), str(tmp_path), "cuda"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=root)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = torch.load(tmp_path / "found.pt", weights_only=False)
+    for kind, plain in layouts.updates(Accelerator(cpu=True), sharded=False).items():
+        own = found["fsdp"][kind]
+        moved = sum((plain["after"][n] - plain["before"][n]).square().sum() for n in plain["after"]).sqrt()
+        differ = sum((plain["after"][n] - own["after"][n]).square().sum() for n in plain["after"]).sqrt()
+        assert differ < 0.05 * moved, kind
+    for of_one in found["restored"].values():
+        assert all(torch.equal(of_one["through"][name], weight) for name, weight in of_one["again"].items())
+    assert found["best"] and found["moved"] and len(found["decoder [2, 0]"]) == 8

@@ -265,7 +265,7 @@ def test_two_processes_are_watched_and_logged(run, worker, capsys):
 
 
 @pytest.mark.parametrize(("machines", "gpus"), [(1, 0), (2, 0), (2, 8)])
-def test_a_config_file_starts_cpu_processes_by_torchs_launcher_and_gpus_by_accelerates(run, tmp_path, monkeypatch, machines, gpus):
+def test_a_config_file_starts_cpu_processes_by_torchs_launcher_gpus_by_accelerates(run, tmp_path, monkeypatch, machines, gpus):
     monkeypatch.setattr(runs, "gpus", lambda: ["a GPU"] * gpus)
     file = tmp_path / "a.yaml"
     file.write_text(f"num_machines: {machines}\nnum_processes: 2\n")

@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 def two(folder):
     """What `layouts.py` found in two processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [sys.executable, *launcher, str(ROOT / "tests" / "layouts.py"), str(folder)]
+    command = [sys.executable, *launcher, str(ROOT / "tests" / "layouts.py"), str(folder), "cpu"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(folder / "found.pt", weights_only=False)

@@ -76,7 +76,9 @@ def steps(p: config.Run, *, questions_per_step: int) -> Iterator[riel.Step]:
 
     Writes nothing. Raises: FileNotFoundError or OSError if stage 1 has not been trained.
     """
-    p = p.model_copy(update={"riel": p.riel.model_copy(update={"questions_per_step": questions_per_step})})
+    alone = p.hardware.model_copy(update={"processes": 1, "accelerate_config": None})
+    asked = p.riel.model_copy(update={"questions_per_step": questions_per_step})
+    p = p.model_copy(update={"riel": asked, "hardware": alone})
     accelerator = stage.accelerator_of(p)
     learned = _stage1(p, accelerator)
     learner = stage.learner_of(p, p.riel, learned, accelerator, steps=p.riel.steps)

@@ -81,6 +81,7 @@ def memory(p: config.Run, model: PreTrainedModel) -> tuple[list[tuple[str, int, 
     sharded = config.accelerate_values(p).get("distributed_type") == "FSDP"
     parts, half = p.hardware.processes if sharded else 1, size < 4
     buckets, over = p.hardware.processes > 1 and not sharded, f" / {parts} processes" * sharded
+    of_gradients = f"parameters x {size} bytes{over}{', and all-reduce buckets' * buckets}"
     head_size = _head(c)
     cache = rows * (prompt + answer) * layers * 2 * c.num_key_value_heads * head_size * size
     # The sampler's fused copies of weights (q, k and v; gate and up), logits of two steps, and a draw's work, of each
@@ -92,7 +93,7 @@ def memory(p: config.Run, model: PreTrainedModel) -> tuple[list[tuple[str, int, 
     stay = [
         ("weights", count * size // parts, f"{count:,} parameters x {size} bytes{over}"),
         ("float32 copies", half * count * 4 // parts, f"parameters x 4 bytes{over}, which the optimiser works on"),
-        ("gradients", count * size * (1 + buckets) // parts, f"parameters x {size} bytes{over}{', and all-reduce buckets' * buckets}"),
+        ("gradients", count * size * (1 + buckets) // parts, of_gradients),
         ("moments", count * 8 // parts, f"parameters x 8 bytes{over}: Adam's two, float32 (Muon: fewer)"),
     ]
     sampling = [
@@ -112,10 +113,10 @@ def memory(p: config.Run, model: PreTrainedModel) -> tuple[list[tuple[str, int, 
         stay.append(("vLLM", (count + tied) * size + kept, f"its weights; keys and values of {rows} rows x "
                      f"({vllm.PROMPT_TOKENS} + {answer}) tokens at most: {_size(kept)}; without its draws"))  # fmt: skip
     held = pass_bytes(model, at_once, prompt, answer, p.hardware.device, p.hardware.gradient_checkpointing)
-    told = ", and whole: the outer weights with their gradients, two layers, one's gradients" * sharded
+    whole = ", and whole: the outer weights with their gradients, two layers, one's gradients" * sharded
     turns = [
         ("or: a pass", held + gathered, f"forward and backward of {at_once} answers x {answer} tokens to a prompt of {prompt}, "
-         f"within 30 %{told}"),
+         f"within 30 %{whole}"),
         ("or: an update", count * 4 * (1 + half) // parts, f"the optimiser's float32 intermediates and gradients{over}"),
     ]  # fmt: skip
     largest = max(sum(part[1] for part in sampling), *(part[1] for part in turns))

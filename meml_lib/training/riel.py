@@ -44,8 +44,8 @@ def train(
     """MEML-GRPO, arXiv 2508.09670: eq. 5-10 and the hard-example buffer. Yields after each step's update; ends
     after `riel.steps` of them, or once a budget of `riel.stop_at` is spent.
 
-    Each process takes its share of the step's questions, which may be none; the buffer, the losses' denominators, the metrics and the
-    random draws are those of all processes together.
+    Each process takes its share of the step's questions, which may be none; the buffer, the losses' denominators, the
+    metrics and the random draws are those of all processes together.
 
     Args: state: of the step to go on from, see `Step.state`.
     """

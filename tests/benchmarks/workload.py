@@ -78,7 +78,8 @@ class Work:
     def values(self, arm: str) -> config.Run:
         """The values of a run whose every step is this work."""
         model = {"smollm2": "smollm2-135m"}.get(self.model, "embedded")
-        hardware = "gpu1" if self.device == "cuda" else "cpu1" if self.model == "embedded" else "cpu1-2threads"  # as the presets
+        on_cpu = "cpu1" if self.model == "embedded" else "cpu1-2threads"
+        hardware = "gpu1" if self.device == "cuda" else on_cpu  # as the presets
         uses = [
             *PARTS,
             f"models/{model}.yaml",
