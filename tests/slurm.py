@@ -15,7 +15,9 @@ installed or did not start here. Not run by pytest: some minutes on 2 cores.
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -25,7 +27,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import kills
@@ -163,3 +165,113 @@ def wait_for(true: Callable[[], bool], seconds: float, folder: Path, daemons: li
             logs = "\n".join(f"{file.name}: {file.read_text()[-800:]}" for file in sorted(folder.glob("*.[lo][ou]*")))
             raise NotHere(f"{', '.join(dead) or 'the node'} did not come up\n{logs}")
         time.sleep(0.5)
+
+
+# --- the disturbed run ------------------------------------------------------------------------------------------------
+
+
+def meml(tree: Path, study: str, reports: Path, environment: dict[str, str], *options: str) -> subprocess.Popen:
+    """`meml run STUDY` on the tree."""
+    command = [str(Path(sys.executable).with_name("meml")), "run", study, "--reports-dir", str(reports), *options]
+    with open(reports.with_suffix(".log"), "ab") as log:
+        return subprocess.Popen(command, cwd=tree, env=environment, stdout=log, stderr=log)
+
+
+def slurm_jobs(environment: dict[str, str]) -> list[tuple[str, str, str]]:
+    """(number, the study's job, state) of all that Slurm remembers."""
+    lines = said("squeue", "-h", "--states=all", "-o", "%i|%k|%T", env=environment).splitlines()
+    return [(number, name.removeprefix("rule_"), state) for number, name, state in (line.split("|") for line in lines)]
+
+
+def when_training(study: Path, stage: str, process: subprocess.Popen) -> str:
+    """Wait until a stage has recorded a step; the name of its job. Raises: SystemExit where the run ended before."""
+    notebook = {"stage1": "02_mef", "stage2": "03_riel"}[stage]
+    while process.poll() is None:
+        for file in study.glob(f"runs/*/*/{stage}/metrics.jsonl"):
+            if json.loads(file.with_name("status.json").read_text())["state"] == "running":
+                seed = file.parent.parent
+                return f"{notebook}-{seed.parent.name}-{seed.name}"
+        time.sleep(0.05)
+    raise SystemExit(f"the run ended with {process.returncode} before {stage} trained")
+
+
+def disturb(study: Path, process: subprocess.Popen, environment: dict[str, str]) -> Iterator[str]:
+    """Kill a job of stage 1 and requeue one of stage 2 as they train; lines that say what became of each."""
+    for stage, (what, *command) in {
+        "stage1": ("killed", "scancel", "--signal=KILL"),
+        "stage2": ("requeued", "scontrol", "requeue"),
+    }.items():
+        job = when_training(study, stage, process)
+        number = next(number for number, name, state in slurm_jobs(environment) if name == job and state == "RUNNING")
+        subprocess.run([*command, number], env=environment, check=True, timeout=60)
+        file, before, started = study / "jobs" / job / "status.json", "", time.monotonic()
+        before = file.read_text()
+        while process.poll() is None and file.read_text() == before:  # it says "running, by process N"
+            time.sleep(0.1)
+        now = json.loads(file.read_text())
+        again = f"status then {now['state']!r} ({now['message']}), {time.monotonic() - started:.0f} s later"
+        yield f"{job} (Slurm job {number}) {what}: {again}"
+
+
+def starts(environment: dict[str, str]) -> dict[str, int]:
+    """How often Slurm started each of the study's jobs."""
+    found: dict[str, int] = {}
+    for number, name, _ in slurm_jobs(environment):
+        restarts = re.search(r"Restarts=(\d+)", said("scontrol", "show", "job", number, env=environment))
+        found[name] = found.get(name, 0) + 1 + int(restarts[1])
+    return found
+
+
+def compared(given: argparse.Namespace, folder: Path, environment: dict[str, str]) -> list[str]:
+    """Both runs; what differs or went wrong."""
+    tree, name = folder / "tree", Path(given.study).stem
+    subprocess.run(["git", "clone", "--quiet", str(kills.ROOT), str(tree)], check=True)
+    commit = subprocess.check_output(["git", "-C", str(tree), "rev-parse", "--short=10", "HEAD"], text=True).strip()
+    (tree / "params" / "profiles" / "one-machine.yaml").write_text(PROFILE)
+    environment = environment | {"PYTHONPATH": str(tree)}
+    started = time.monotonic()
+    if meml(tree, given.study, folder / "local", environment, "--jobs", "1").wait():
+        return ["the local run failed:\n" + (folder / "local.log").read_text()[-3000:]]
+    expected = kills.results(folder / "local" / name)
+    print(f"{given.study} at commit {commit}: locally in {time.monotonic() - started:.0f} s, {len(expected)} files")
+    started = time.monotonic()
+    process = meml(tree, given.study, folder / "slurm", environment, "--profile", "one-machine")
+    for line in disturb(folder / "slurm" / name, process, environment):
+        print(f"- {line}", flush=True)
+    code, log = process.wait(), (folder / "slurm.log").read_text()
+    print(f"on Slurm {said('sbatch', '--version', env=environment).split()[-1]} in {time.monotonic() - started:.0f} s")
+    times = starts(environment)
+    print("jobs, and how often Slurm started each: " + ", ".join(f"{job} {n}" for job, n in sorted(times.items())))
+    faults = [f"the run on Slurm ended with {code}:\n{log[-3000:]}"] if code else []
+    if sorted(times.values())[-3:] != [1, 2, 2]:
+        faults.append("not two of the jobs, and those twice, were started again")
+    found = kills.results(folder / "slurm" / name)
+    print(f"{len(found)} files compared: {sum(file.endswith('.parquet') for file in found)} tables among them")
+    return faults + list(kills.differences(expected, found))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--study", default="params/studies/smoke.yaml")
+    parser.add_argument("--keep", action="store_true", help="leave the folder of both runs")
+    given = parser.parse_args()
+    processes.sigterm_as_interrupt()
+    folder = Path(tempfile.mkdtemp(prefix="meml-slurm-"))
+    (folder / "cluster").mkdir()
+    try:
+        with cluster(folder / "cluster") as environment:
+            faults = compared(given, folder, environment)
+        if left := kills.of_trial(environment[kills.MARK]):
+            faults.append(f"{len(left)} processes stayed")
+    except NotHere as error:
+        print(f"Slurm does not run here: {error}")
+        return NOT_HERE
+    finally:
+        if not given.keep:
+            shutil.rmtree(folder)
+    print("\n".join(["", *faults]) if faults else "identical")
+    return int(bool(faults))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -289,11 +290,12 @@ def _why_stale(job: Job, parts: keys.Parts) -> list[str]:
 
 def _snakemake(folder: Path, options: list[str], watching: watch.Watch, say: Callable[[str], None]) -> int:
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(Path(__file__).with_name("Snakefile"))]
-    quiet = ("progress", "rules", "host", "reason") if "slurm" in options else ("all",)
+    on_cluster = "--executor" in options
+    quiet = ("progress", "rules", "host", "reason") if on_cluster else ("all",)
     command += ["--directory", str(folder), "--keep-going", "--rerun-incomplete", *options]
     command += ["--rerun-triggers", "params", "input", "mtime"]
     command += ["--nolock", "--quiet", *quiet]  # our own lock ends with its process; job lines are execute's
-    return watch.run(command, watching, say)
+    return watch.run(command, watching, say, signal.SIGINT if on_cluster else signal.SIGTERM)  # SIGINT: it cancels jobs
 
 
 def load(file: Path) -> dict[str, Job]:

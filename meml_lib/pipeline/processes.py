@@ -31,11 +31,11 @@ def with_parent(number: int = signal.SIGTERM) -> Callable[[], None]:
     return partial(end_with_parent, os.getpid(), number)
 
 
-def end_group(process: subprocess.Popen, patience_s: float = 15.0) -> None:
+def end_group(process: subprocess.Popen, patience_s: float = 15.0, number: int = signal.SIGTERM) -> None:
     """End a process that was started in a session of its own, and all in it; with force after patience_s seconds."""
     until = time.monotonic() + patience_s
     try:
-        os.killpg(process.pid, signal.SIGTERM)
+        os.killpg(process.pid, number)
         while time.monotonic() < until:  # the members that unwind may outlive the first process
             process.poll()
             os.killpg(process.pid, 0)

@@ -175,10 +175,10 @@ def _cut(text: str, width: int) -> str:
 # --- while it runs ----------------------------------------------------------------------------------------------------
 
 
-def run(command: Sequence[str], watch: Watch, say: Callable[[str], None]) -> int:
+def run(command: Sequence[str], watch: Watch, say: Callable[[str], None], end_by: int = signal.SIGTERM) -> int:
     """Run a study's command and show how far it is.
 
-    Args: say: prints a line.
+    Args: say: prints a line; end_by: the signal that ends it early.
     Returns: its exit code.
     """
     from rich.console import Console
@@ -194,7 +194,7 @@ def run(command: Sequence[str], watch: Watch, say: Callable[[str], None]) -> int
                 refresh()
             return process.returncode
         finally:
-            processes.end_group(process, patience_s=30.0)
+            processes.end_group(process, patience_s=30.0, number=end_by)
 
 
 Shown = tuple[dict[str, Any], Callable[[], None]]
