@@ -100,7 +100,6 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
     if lacks := missing():
         raise NotHere(lacks)
     mark, host = uuid.uuid4().hex, socket.gethostname().partition(".")[0]
-    folder.chmod(0o755)  # munge's clients must reach its socket
     for name in ("state", "spool"):
         (folder / name).mkdir()
     (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, host=host, ports=free_ports(2)))
@@ -257,6 +256,7 @@ def main() -> int:
     given = parser.parse_args()
     processes.sigterm_as_interrupt()
     folder = Path(tempfile.mkdtemp(prefix="meml-slurm-"))
+    folder.chmod(0o755)  # munge's clients must reach its socket
     (folder / "cluster").mkdir()
     try:
         with cluster(folder / "cluster") as environment:

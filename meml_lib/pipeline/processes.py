@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -54,3 +56,17 @@ def sigterm_as_interrupt() -> None:
         raise KeyboardInterrupt(f"signal {number}")
 
     signal.signal(signal.SIGTERM, interrupt)
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Unwind the block on SIGTERM as on Ctrl-C; a notebook's kernel would end at once, and Slurm tells all of a job's processes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    sigterm_as_interrupt()
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

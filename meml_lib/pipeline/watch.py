@@ -187,7 +187,12 @@ def run(command: Sequence[str], watch: Watch, say: Callable[[str], None], end_by
     live = sys.stdout.isatty() and not console.is_dumb_terminal and not console.no_color
     with _live(watch, say, console) if live else _plain(watch, say) as (streams, refresh):
         with_meml = processes.with_parent(signal.SIGKILL)
-        process = subprocess.Popen(command, start_new_session=True, preexec_fn=with_meml, **streams)
+
+        def begin() -> None:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell's background job ignores, and its children
+            with_meml()
+
+        process = subprocess.Popen(command, start_new_session=True, preexec_fn=begin, **streams)
         try:
             while process.poll() is None:
                 time.sleep(LOOK_EVERY_S)
