@@ -81,7 +81,8 @@ def test_a_gpu_is_held_by_one_alone_and_free_again_when_its_process_is_killed(tw
 
 SEES = "import json, os, time; from pathlib import Path\nbegan = time.time(); time.sleep(1.0)\n"
 SEES += "Path(p.run_dir).mkdir(parents=True, exist_ok=True)\n"
-SEES += "told = [os.environ.get('CUDA_VISIBLE_DEVICES'), began, time.time()]\nPath(p.run_dir, 'seen.json').write_text(json.dumps(told))"
+SEES += "told = [os.environ.get('CUDA_VISIBLE_DEVICES'), began, time.time()]\n"
+SEES += "Path(p.run_dir, 'seen.json').write_text(json.dumps(told))"
 
 
 def test_jobs_side_by_side_see_a_gpu_of_their_own(two_gpus, tmp_path, monkeypatch):

@@ -81,7 +81,7 @@ def test_a_profile_that_is_not_there_and_a_machine_without_slurm_are_named(monke
     with pytest.raises(config.ParamsError, match="no file 'profiles/slrm.yaml' in params/; did you mean 'profiles/slurm.yaml'"):
         config.load_profile("slrm")
     monkeypatch.setattr(slurm.runs, "versions", dict.fromkeys)
-    with pytest.raises(config.ParamsError, match=r"snakemake-executor-plugin-slurm is not installed here: pip install .*\[slurm\]"):
+    with pytest.raises(config.ParamsError, match=r"snakemake-executor-plugin-slurm is not installed here: .*\[slurm\]"):
         slurm.check()
     monkeypatch.setattr(slurm.runs, "versions", lambda names: dict.fromkeys(names, "2"))
     monkeypatch.setenv("PATH", "")

@@ -60,7 +60,7 @@ def sigterm_as_interrupt() -> None:
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """Unwind the block on SIGTERM as on Ctrl-C; a notebook's kernel would end at once, and Slurm tells all of a job's processes."""
+    """Unwind the block on SIGTERM as on Ctrl-C: Slurm sends it to all of a job's processes, and a kernel would end at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
