@@ -110,8 +110,9 @@ def _print_dry_run(study) -> None:
 def run(
     file: File,
     set_: Set = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Jobs side by side; default: as the cores allow.")] = None,
-    profile: Annotated[bool, typer.Option("--profile", help="Take the time of 3 steps of each stage apart.")] = False,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Jobs side by side; default: as cores or GPUs allow.")] = None,
+    profile: Annotated[str | None, typer.Option(help="Run jobs on a cluster: slurm (params/profiles/slurm.yaml).")] = None,
+    profile_steps: Annotated[int, typer.Option(min=0, help="Take the time of so many steps of each stage apart.")] = 0,
     reports_dir: Reports = "reports",
 ) -> None:
     """Run a study, or a run file as a study of one arm: what is up to date is kept, and the report comes last."""
@@ -119,11 +120,12 @@ def run(
     from meml_lib.pipeline import graph, processes
 
     with _plain_errors():
-        set_ = [*(set_ or []), *(["tracking.profile_steps=3"] if profile else [])]
+        set_ = [*(set_ or []), *([f"tracking.profile_steps={profile_steps}"] if profile_steps else [])]
         study = config.load_study(file, set_, reports_dir)
+        cluster = config.load_profile(profile) if profile else None
         processes.sigterm_as_interrupt()
         try:
-            code = graph.run(study, jobs, lambda line: typer.echo(line))
+            code = graph.run(study, jobs, lambda line: typer.echo(line), cluster)
         except OSError as error:
             raise OSError(f"{error}{runs.little_space(study.folder, '; ')}") from error
         if code:

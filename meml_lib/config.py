@@ -448,6 +448,14 @@ def accelerate_values(p: schema.RunParams) -> dict[str, Any]:
     return values
 
 
+def load_profile(name: str) -> schema.ClusterProfile:
+    """What a cluster is asked for: params/profiles/NAME.yaml, or a file.
+
+    Raises: ParamsError naming file and line, key, value, bound and the nearest right name.
+    """
+    return _checked(schema.ClusterProfile, _of_file(name if name.endswith(".yaml") else f"profiles/{name}.yaml"))
+
+
 def _of_file(file: str | Path) -> _Values:
     path = locate(file)
     path = path.resolve() if path.is_file() else _find(str(file), None)

@@ -581,6 +581,32 @@ class HardwareParams(Section):
     checkpoints: CheckpointParams
 
 
+class ClusterProfile(Section):
+    """What a cluster is asked for, for each job of a study (`meml run STUDY --profile NAME`); changes no result."""
+
+    partition: Text | None
+    """null: the cluster's default."""
+    account: Text | None
+    """null: asked of Slurm."""
+    time_minutes: PositiveInt
+    """Of one job."""
+    memory_mb: PositiveInt
+    cpus: PositiveInt | None
+    """null: hardware.threads of each process."""
+    gpus: NonNegativeInt | None
+    """null: hardware.processes where hardware.device is cuda, else none."""
+    retries: NonNegativeInt
+    """Starts again after a job was killed, ran out of time or lost its node; never after its own failure."""
+    requeue: bool
+    """Whether Slurm itself starts a preempted job again."""
+    grace_s: Annotated[int, Field(ge=0, le=65535)]
+    """A job is told (SIGTERM) so long before its time ends. Slurm's own bound."""
+    check_every_s: Annotated[int, Field(ge=1, le=100)]
+    """Between looks at the queue. Slurm forgets ended jobs after MinJobAge, 300 s unless set otherwise."""
+    sbatch_options: Text | None
+    """More of sbatch's options, in one text."""
+
+
 class TrackingParams(Section):
     """Where else a step's record goes, beside metrics.jsonl; changes no update."""
 

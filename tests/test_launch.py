@@ -332,3 +332,12 @@ def test_a_second_sigterm_does_not_break_off_the_unwinding_of_the_first():
     code += "try:\n    end()\nexcept KeyboardInterrupt:\n    end()\n    print('unwound')"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (found.returncode, found.stdout, found.stderr) == (0, "unwound\n", "")
+
+
+def test_sigterm_unwinds_a_training_as_ctrl_c_does_and_ends_the_process_elsewhere():
+    code = "import os, signal; from meml_lib.pipeline import processes\ndef end(): os.kill(os.getpid(), signal.SIGTERM)\n"
+    code += "try:\n    with processes.sigterm_interrupts():\n        end()\n"
+    code += "except KeyboardInterrupt:\n    print('unwound', flush=True)\n"
+    code += "end()\nprint('went on')"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout) == (-signal.SIGTERM, "unwound\n")

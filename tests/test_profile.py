@@ -1,4 +1,4 @@
-"""`meml run --profile`: what a step's time is said to be is what it took, and results do not change."""
+"""`meml run --profile-steps`: what a step's time is said to be is what it took, and results do not change."""
 
 import gzip
 import json

@@ -7,7 +7,9 @@ sys.exit(0) for success.
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import math
 import os
 import signal
 import sys
@@ -19,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from meml_lib import config, runs
-from meml_lib.pipeline import graph, keys, processes
+from meml_lib.pipeline import gpus, graph, keys, processes
 from meml_lib.runs import RunFolder
 
 KERNEL = "python3"
+INTERRUPTED = "interrupted"
 LARGEST_NOTEBOOK_MB = 5.0
 
 
@@ -36,7 +39,9 @@ def execute(job: graph.Job, jobs: dict[str, graph.Job]) -> None:
     Raises: JobFailed with the cell and its last lines; KeyboardInterrupt. The job's status.json says the same.
     """
     folder = RunFolder(job.folder)
-    with runs.locked(folder.path / ".lock", f"job {job.name}", wait_s=60.0):  # a run just killed may still be unwinding
+    # A run just killed may still be unwinding here; on a cluster, its jobs go on to their end without it.
+    wait_s = math.inf if os.environ.get("SLURM_JOB_ID") else 60.0
+    with runs.locked(folder.path / ".lock", f"job {job.name}", wait_s=wait_s):
         parts = job.parts({name: jobs[name] for name in job.parents})
         status = folder.status
         why = keys.reasons(status.get("parts"), parts) if status["state"] == "done" else ["not done yet"]
@@ -55,7 +60,8 @@ def execute(job: graph.Job, jobs: dict[str, graph.Job]) -> None:
             )
             started, trained_with = time.monotonic(), job.stage_parts()
             try:
-                _run_notebook(job, folder)
+                with _gpus_of_its_own(job):
+                    _run_notebook(job, folder)
                 faults = job.faults(trained_with) and job.faults()  # code may have been edited before it trained
                 if faults:
                     left = f"{job.notebook} ran to its end, but left: " + "; ".join(faults)
@@ -64,7 +70,7 @@ def execute(job: graph.Job, jobs: dict[str, graph.Job]) -> None:
                     after = job.parts()["inputs"]
                     parts["inputs"] |= {name: after[name] for name in job.adds_to if name in after}
             except BaseException as error:
-                other = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
+                other = INTERRUPTED if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
                 with suppress(OSError):  # on a full disk "running" stays, by a process that is gone
                     folder.set_status("failed", str(error) if isinstance(error, JobFailed) else other)
                 raise
@@ -76,6 +82,19 @@ def execute(job: graph.Job, jobs: dict[str, graph.Job]) -> None:
             _say(job, "unchanged")
         with runs.atomic(job.done) as file:
             file.write_text(job.results() + "\n")
+
+
+@contextmanager
+def _gpus_of_its_own(job: graph.Job) -> Iterator[None]:
+    """Show what the job starts those GPUs alone that it is handed."""
+    if job.gpus is None:
+        yield
+        return
+    with gpus.held(job.gpus, gpus.known()) as mine:
+        if mine:
+            _say(job, f"on GPU {', '.join(mine)}")
+        os.environ[gpus.SHOWN] = ",".join(mine)
+        yield
 
 
 def _run_notebook(job: graph.Job, folder: RunFolder) -> None:
@@ -177,6 +196,10 @@ def _kernel() -> type:
 
         async def cleanup_resources(self, restart: bool = False) -> None:
             with suppress(AttributeError, ProcessLookupError):  # it never started, or all have ended
+                # A training keeps its last step at the first signal, and unwinds; a later one then ends the kernel.
+                for _ in range(round(processes.PATIENCE_S / 0.25)):
+                    os.killpg(self._group, signal.SIGTERM)
+                    await asyncio.sleep(0.25)
                 os.killpg(self._group, signal.SIGKILL)
             await super().cleanup_resources(restart)
 
@@ -245,11 +268,22 @@ def _say(job: graph.Job, text: str) -> None:
     print(f"[{job.name}] {text}", flush=True)
 
 
+def _failed_since(job: graph.Job, file: Path) -> bool:
+    """Whether the job has failed, by nobody's interruption, since a file was written."""
+    folder = RunFolder(job.folder)
+    failed = folder.status["state"] == "failed" and folder.status["message"] != INTERRUPTED
+    return failed and (folder.path / "status.json").stat().st_mtime_ns > file.stat().st_mtime_ns
+
+
 def main() -> int:
     processes.end_with_parent(int(sys.argv[3]))
     processes.sigterm_as_interrupt()
-    jobs = graph.load(Path(sys.argv[1]).resolve())
+    file = Path(sys.argv[1]).resolve()
+    jobs = graph.load(file)
     job = jobs[sys.argv[2]]
+    if _failed_since(job, file):  # a cluster's retries are for jobs that were killed
+        _say(job, "FAILED already in this run, by itself: not tried again")
+        return 1
     try:
         execute(job, jobs)
     except (JobFailed, runs.InUse) as error:

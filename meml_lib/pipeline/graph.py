@@ -5,18 +5,19 @@ from __future__ import annotations
 import ast
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from meml_lib import config, runs, schema
 from meml_lib.analysis import card
-from meml_lib.pipeline import keys, outputs, reach, watch
+from meml_lib.pipeline import gpus, keys, outputs, reach, slurm, watch
 from meml_lib.runs import RunFolder
 
 
@@ -36,6 +37,10 @@ class Job:
     """What it reads, dotted key -> value: a part of its key."""
     threads: int
     parents: tuple[str, ...] = ()
+    resources: dict[str, Any] = field(default_factory=dict)
+    """What Snakemake counts, or asks a cluster for."""
+    gpus: int | None = None
+    """How many of this machine's GPUs it is handed; None: it sees what its environment shows."""
     stage: config.Stage | None = None
     files: tuple[str, ...] = ()
     """Files that it must leave behind, besides the stage's own."""
@@ -195,16 +200,29 @@ def jobs(study: config.Study) -> dict[str, Job]:
 # --- running it -------------------------------------------------------------------------------------------------------
 
 
-def run(study: config.Study, at_once: int | None, say: Callable[[str], None]) -> int:
+def run(
+    study: config.Study,
+    at_once: int | None,
+    say: Callable[[str], None],
+    profile: schema.ClusterProfile | None = None,
+) -> int:
     """Bring a study up to date.
 
     Args:
-      at_once: jobs side by side; None: as many as there are cores for (one where a GPU is used).
+      at_once: jobs side by side; None: as many as there are cores for, or GPUs where they are used; on a cluster, all.
       say: prints a line.
+      profile: what each job asks a cluster for; None: they run on this machine.
     Returns: exit code: 0, or Snakemake's.
-    Raises: runs.InUse while another process runs the same study.
+    Raises: runs.InUse while another process runs the same study; config.ParamsError for GPUs or a cluster that are not here.
     """
     made = jobs(study)
+    if profile:
+        slurm.check()
+        base = study.base_run()
+        made = {name: slurm.asked(job, profile, (job.run or base).hardware) for name, job in made.items()}
+        options = slurm.options(profile, study.name, at_once or len(made))
+    else:
+        made, options = _on_this_machine(made, at_once)
     missing = sorted({job.notebook for job in made.values() if not (config.root() / job.notebook).is_file()})
     if missing:
         raise config.ParamsError(f"{', '.join(missing)} missing in {config.root()}: work in a checkout of the project")
@@ -218,9 +236,6 @@ def run(study: config.Study, at_once: int | None, say: Callable[[str], None]) ->
         say(f"{study.name}: {len(made)} jobs, {len(made) - len(stale)} up to date ({config.label_of(study.folder)})")
         for name, why in stale.items():
             say(f"  {name}: {'; '.join(why[:4])}{'; ...' if why[4:] else ''}")
-        threads = max(job.threads for job in made.values())
-        uses_gpu = study.base_run().hardware.device != "cpu" and bool(runs.gpus())
-        at_once = at_once or (1 if uses_gpu else max(1, runs.cores() // threads))
         waiting: set[str] = set()
         for name, job in made.items():  # what follows a stale job is behind too, also after an interruption
             if name in stale or waiting & {*job.parents}:
@@ -232,12 +247,25 @@ def run(study: config.Study, at_once: int | None, say: Callable[[str], None]) ->
             facts = {"study": study.name, "params_file": study.params_file, "seeds": study.seeds, "inputs": inputs}
             runs.write_manifest(folder, **facts, jobs={name: why[:8] for name, why in stale.items()})
             started = time.monotonic()
-            code = _snakemake(study.folder, at_once * threads, watching, say)
+            code = _snakemake(study.folder, options, watching, say)
             runs.end_manifest(folder, wall_s=round(time.monotonic() - started, 1))
         undone = [job for job in made.values() if not job.done.exists()]
         for job in undone:
             say(f"  {job.name}: {(watching.state(job) and _failed(job)) or 'did not run, for want of the above'}")
         return code or int(bool(undone))
+
+
+def _on_this_machine(made: dict[str, Job], at_once: int | None) -> tuple[dict[str, Job], list[str]]:
+    """The jobs with GPUs of their own where they use some, and Snakemake's options for so many side by side."""
+    known, threads = gpus.known(), max(job.threads for job in made.values())
+    needed = {name: gpus.needed(job.run, known) for name, job in made.items() if job.stage}
+    if most := max(needed.values(), default=0):
+        made = {
+            name: replace(job, gpus=(count := needed.get(name, 0)), resources={"gpu": count}) for name, job in made.items()
+        }
+        at_once = at_once or len(known) // most
+    at_once = at_once or max(1, runs.cores() // threads)
+    return made, ["--cores", str(at_once * threads), "--resources", f"gpu={len(known)}", "--retries", "0"]
 
 
 def _failed(job: Job) -> str | None:
@@ -263,12 +291,14 @@ def _why_stale(job: Job, parts: keys.Parts) -> list[str]:
     return why
 
 
-def _snakemake(folder: Path, cores: int, watching: watch.Watch, say: Callable[[str], None]) -> int:
+def _snakemake(folder: Path, options: list[str], watching: watch.Watch, say: Callable[[str], None]) -> int:
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(Path(__file__).with_name("Snakefile"))]
-    command += ["--directory", str(folder), "--cores", str(cores), "--keep-going", "--rerun-incomplete"]
-    command += ["--retries", "0", "--rerun-triggers", "params", "input", "mtime"]
-    command += ["--nolock", "--quiet", "all"]  # our own lock ends with its process; job lines are execute's
-    return watch.run(command, watching, say)
+    on_cluster = "--executor" in options
+    quiet = ("progress", "rules", "host", "reason") if on_cluster else ("all",)
+    command += ["--directory", str(folder), "--keep-going", "--rerun-incomplete", *options]
+    command += ["--rerun-triggers", "params", "input", "mtime"]
+    command += ["--nolock", "--quiet", *quiet]  # our own lock ends with its process; job lines are execute's
+    return watch.run(command, watching, say, signal.SIGINT if on_cluster else signal.SIGTERM)  # SIGINT: it cancels jobs
 
 
 def load(file: Path) -> dict[str, Job]:

@@ -88,7 +88,7 @@ def train(stage: config.Stage, p: config.Run) -> pd.DataFrame:
         runs.write_manifest(folder, stage=stage, seed=p.seed, inputs=parts["inputs"], parents=parents, **resumed)
         started = time.monotonic()
         try:
-            with closing(_Display(stage, p, folder)) as display:
+            with closing(_Display(stage, p, folder)) as display, processes.sigterm_interrupts():
                 if _alone(p) and _code() == _CODE_AT_IMPORT:
                     from meml_lib.training import stage as stages
 

@@ -7,12 +7,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _PR_SET_PDEATHSIG = 1
+PATIENCE_S = 8.0
+"""From SIGTERM to SIGKILL."""
 
 
 def end_with_parent(parent: int, number: int = signal.SIGTERM) -> None:
@@ -31,11 +35,11 @@ def with_parent(number: int = signal.SIGTERM) -> Callable[[], None]:
     return partial(end_with_parent, os.getpid(), number)
 
 
-def end_group(process: subprocess.Popen, patience_s: float = 8.0) -> None:
+def end_group(process: subprocess.Popen, patience_s: float = PATIENCE_S, number: int = signal.SIGTERM) -> None:
     """End a process that was started in a session of its own, and all in it; with force after patience_s seconds."""
     until = time.monotonic() + patience_s
     try:
-        os.killpg(process.pid, signal.SIGTERM)
+        os.killpg(process.pid, number)
         while time.monotonic() < until:  # the members that unwind may outlive the first process
             process.poll()
             os.killpg(process.pid, 0)
@@ -54,3 +58,17 @@ def sigterm_as_interrupt() -> None:
         raise KeyboardInterrupt(f"signal {number}")
 
     signal.signal(signal.SIGTERM, interrupt)
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Unwind the block on SIGTERM as on Ctrl-C: Slurm sends it to all of a job's processes, and a kernel would end at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    sigterm_as_interrupt()
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -177,10 +177,10 @@ def _cut(text: str, width: int) -> str:
 # --- while it runs ----------------------------------------------------------------------------------------------------
 
 
-def run(command: Sequence[str], watch: Watch, say: Callable[[str], None]) -> int:
+def run(command: Sequence[str], watch: Watch, say: Callable[[str], None], end_by: int = signal.SIGTERM) -> int:
     """Run a study's command and show how far it is.
 
-    Args: say: prints a line.
+    Args: say: prints a line; end_by: the signal that ends it early.
     Returns: its exit code.
     """
     from rich.console import Console
@@ -189,14 +189,19 @@ def run(command: Sequence[str], watch: Watch, say: Callable[[str], None]) -> int
     live = sys.stdout.isatty() and not console.is_dumb_terminal and not console.no_color
     with _live(watch, say, console) if live else _plain(watch, say) as (streams, refresh):
         with_meml = processes.with_parent(signal.SIGKILL)
-        process = subprocess.Popen(command, start_new_session=True, preexec_fn=with_meml, **streams)
+
+        def begin() -> None:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell's background job ignores, and its children
+            with_meml()
+
+        process = subprocess.Popen(command, start_new_session=True, preexec_fn=begin, **streams)
         try:
             while process.poll() is None:
                 time.sleep(LOOK_EVERY_S)
                 refresh()
             return process.returncode
         finally:
-            processes.end_group(process, patience_s=30.0)
+            processes.end_group(process, patience_s=30.0, number=end_by)
 
 
 Shown = tuple[dict[str, Any], Callable[[], None]]
