@@ -1,12 +1,10 @@
 """On a GPU: what runs on CUDA alone (a captured graph, kernels) says and learns what the CPU does."""
 
 import copy
-import subprocess
-import sys
-from pathlib import Path
 
 import layouts
 import pytest
+import ranks
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -119,11 +117,7 @@ def test_stage_2_takes_the_cpus_steps(trained, task, panel):  # noqa: F811
 
 def test_weights_divided_over_one_gpu_take_the_cpus_steps(tmp_path):
     """FSDP2 over NCCL, by the same code as over two CPU processes; with one card there is nothing to divide."""
-    root = Path(__file__).parents[1]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
-    command = [sys.executable, *launcher, str(root / "tests" / "layouts.py"), str(tmp_path), "cuda"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=root)
-    assert done.returncode == 0, done.stderr[-3000:]
+    ranks.launch(1, "layouts.py", str(tmp_path), "cuda", timeout_s=300)
     found = torch.load(tmp_path / "found.pt", weights_only=False)
     for kind, plain in layouts.updates(Accelerator(cpu=True), sharded=False).items():
         own = found["fsdp"][kind]

@@ -1,6 +1,7 @@
 """One update, any layout: ten steps of stage 2 on one process, on two and four, and divided over two (`ranks.py`)."""
 
 import subprocess
+from pathlib import Path
 
 import pytest
 import ranks
@@ -57,7 +58,16 @@ def test_muon_on_divided_weights_differs_by_its_own_rounding(folder):
     assert ranks.difference(one, two) < 0.1 * ranks.moved(one)
 
 
-def test_processes_that_wait_for_one_another_are_noticed(folder, monkeypatch):
-    monkeypatch.setattr(ranks, "TIMEOUT_S", 0.5)
+def test_processes_that_wait_for_one_another_are_noticed_and_ended(tmp_path):
+    script = tmp_path / "waits.py"
+    script.write_text(
+        "import os, sys, torch.distributed as dist\n"
+        "dist.init_process_group('gloo')\n"
+        "open(f'{sys.argv[1]}/{dist.get_rank()}', 'w').write(str(os.getpid()))\n"
+        "if dist.get_rank() == 0: dist.barrier()\n"
+        "else: import time; time.sleep(1000)\n"
+    )
     with pytest.raises(subprocess.TimeoutExpired):
-        ranks.run(2, folder)
+        ranks.launch(2, str(script), str(tmp_path), timeout_s=25)
+    for rank in "01":
+        assert not Path(f"/proc/{(tmp_path / rank).read_text()}").exists()

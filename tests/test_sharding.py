@@ -1,11 +1,10 @@
 """Weights divided over two processes (FSDP2): every kind of model, sampling, early stopping, states and saving."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import layouts
 import pytest
+import ranks
 import torch
 import yaml
 from accelerate import Accelerator
@@ -30,10 +29,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two(folder):
     """What `layouts.py` found in two processes."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [sys.executable, *launcher, str(ROOT / "tests" / "layouts.py"), str(folder), "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
+    ranks.launch(2, "layouts.py", str(folder), "cpu", timeout_s=300)
     return torch.load(folder / "found.pt", weights_only=False)
 
 
