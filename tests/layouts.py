@@ -16,7 +16,7 @@ from meml_lib.rollouts import decoder  # noqa: E402
 from meml_lib.training import losses, mef, policy, sharding  # noqa: E402
 from meml_lib.training.ask import ask  # noqa: E402
 from meml_lib.training.learner import Learner  # noqa: E402
-from meml_lib.training.stage import Best  # noqa: E402
+from meml_lib.training.keeping import Best  # noqa: E402
 
 KINDS = [(dtype, lora, again) for dtype in ("float32", "bfloat16") for lora in (False, True) for again in (False, True)]
 """Precision, LoRA, gradient checkpointing."""

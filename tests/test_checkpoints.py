@@ -241,15 +241,15 @@ def test_two_processes_whose_starter_is_killed_keep_their_last_step_and_one_proc
 
 WAITING = """
 import sys, time, torch.distributed as dist
-from meml_lib.training import stage
+from meml_lib.training import keeping
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
 dist.barrier()
 print("there", flush=True)
 if rank:
     time.sleep(60)
-stage.GRACE_S = 1.0
-with stage._sigterm(together=True):
+keeping.GRACE_S = 1.0
+with keeping.sigterm(together=True):
     dist.barrier()
 """
 

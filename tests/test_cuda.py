@@ -118,11 +118,11 @@ def test_stage_2_takes_the_cpus_steps(trained, task, panel):  # noqa: F811
 def test_weights_divided_over_one_gpu_take_the_cpus_steps(tmp_path):
     """FSDP2 over NCCL, by the same code as over two CPU processes; with one card there is nothing to divide."""
     ranks.launch(1, "layouts.py", str(tmp_path), "cuda", timeout_s=300)
-    found = torch.load(tmp_path / "found.pt", weights_only=False)
-    for kind, plain in layouts.updates(Accelerator(cpu=True), sharded=False).items():
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    for kind, alone in layouts.updates(Accelerator(cpu=True), sharded=False).items():
         own = found["fsdp"][kind]
-        moved = sum((plain["after"][n] - plain["before"][n]).square().sum() for n in plain["after"]).sqrt()
-        differ = sum((plain["after"][n] - own["after"][n]).square().sum() for n in plain["after"]).sqrt()
+        moved = sum((alone["after"][n] - alone["before"][n]).square().sum() for n in alone["after"]).sqrt()
+        differ = sum((alone["after"][n] - own["after"][n]).square().sum() for n in alone["after"]).sqrt()
         assert differ < 0.05 * moved, kind
     for of_one in found["restored"].values():
         assert all(torch.equal(of_one["through"][name], weight) for name, weight in of_one["again"].items())

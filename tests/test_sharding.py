@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 def two(folder):
     """What `layouts.py` found in two processes."""
     ranks.launch(2, "layouts.py", str(folder), "cpu", timeout_s=300)
-    return torch.load(folder / "found.pt", weights_only=False)
+    return torch.load(folder / "found.pt", weights_only=True)
 
 
 @pytest.fixture(scope="module")
