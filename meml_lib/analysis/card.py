@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from meml_lib import config
-from meml_lib.analysis import stats
 from meml_lib.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -80,6 +79,8 @@ def _machine(hardware: dict[str, Any]) -> str:
 
 def _accuracy(answers: pd.DataFrame, panel: tuple[str, ...]) -> str:
     """Rows of a table: expert, share right with its interval, n."""
+    from meml_lib.analysis import stats  # here: who builds a study's graph reads NAME alone
+
     right = answers.assign(right=answers["correct"].fillna(False).astype(bool)).groupby("expert")["right"]
     rows = []
     for name in panel:
