@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _ROPES = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on how long the text is
 _PACK = 2**18  # weights; the product of a smaller matrix takes longer when it is packed
+_AMX_SLOW = range(17, 33)  # rows; oneDNN's AMX kernels take 1.2 to 1.5 times as long for them as for 33
 
 
 def fits(model: PreTrainedModel, positions: int) -> bool:
@@ -35,15 +37,16 @@ def fits(model: PreTrainedModel, positions: int) -> bool:
     return unwindowed and type(base.model.embed_tokens) is nn.Embedding and all(map(_is_plain, linear))
 
 
-Attend = Callable[[int, Tensor, Tensor], Tensor]
-"""From a layer's number, scaled queries and keys [N, heads of both, head size], not yet turned to their positions, and
-values [N, heads of keys, head size] to what the layer's attention makes of them, N rows."""
+Attend = Callable[[int, Tensor], Tensor]
+"""From a layer's number and [N, kv heads, R + 2, head size], of each head of keys its R scaled queries, its key and its value,
+none yet turned to its position, to what the layer's attention makes of them: [N, kv heads, R, head size] or as many numbers
+in this order. It may overwrite what it is given."""
 
 
 class _Layer(NamedTuple):
     qkv: Callable[[Tensor], Tensor]
     qk_norm: Tensor | None
-    """[heads of q and k, head size], Qwen3's."""
+    """[R + 1, head size], Qwen3's of queries and key."""
     out: Callable[[Tensor], Tensor]
     gate_up: Callable[[Tensor], Tensor]
     down: Callable[[Tensor], Tensor]
@@ -62,8 +65,13 @@ class Weights:
         self.heads, self.kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
         self.act, norm = base.model.layers[0].mlp.act_fn, base.model.norm
         self._norm, self._head_norm = (_Norm(n, norm.variance_epsilon, model.device) for n in (norm.weight.numel(), self.head_size))
+        self.shared = self.heads // self.kv_heads
         # Rotary embedding turns the pairs (i, i + half). Side by side they are complex numbers, turned in one product.
-        self.order = torch.arange(self.head_size, device=model.device).view(2, -1).T.flatten()
+        self._pairs = torch.arange(self.head_size, device=model.device).view(2, -1).T.flatten()
+        numbers = torch.arange((self.heads + 2 * self.kv_heads) * self.head_size, device=model.device)
+        q, k, v = numbers.view(-1, self.head_size).split((self.heads, self.kv_heads, self.kv_heads))
+        q = q[:, self._pairs].unflatten(0, (self.kv_heads, self.shared))
+        self._order = torch.cat((q, k[:, None, self._pairs], v[:, None]), dim=1).flatten()
         self.rotary = base.model.rotary_emb
         self.embedding, self.head = base.model.embed_tokens.weight, _linear(base.lm_head)
         self._final = norm.weight.float() * self._norm.left
@@ -72,18 +80,16 @@ class Weights:
     def _layer(self, layer: nn.Module) -> _Layer:
         attention, mlp, qk_norm, scale_R = layer.self_attn, layer.mlp, None, None
         if hasattr(attention, "q_norm"):
-            q, k = (norm.weight[self.order] * self._head_norm.left for norm in (attention.q_norm, attention.k_norm))
-            qk_norm = torch.cat(((q * self.scale).expand(self.heads, -1), k.expand(self.kv_heads, -1)))
+            q, k = (norm.weight[self._pairs] * self._head_norm.left for norm in (attention.q_norm, attention.k_norm))
+            qk_norm = torch.cat(((q * self.scale).expand(self.shared, -1), k[None]))
         else:
-            scale_R = torch.ones(sum(module.out_features for module in _qkv(attention)), device=self.order.device)
+            scale_R = torch.ones(len(self._order), device=self._order.device)
             scale_R[: self.heads * self.head_size] = self.scale
-        turned = torch.arange((self.heads + self.kv_heads) * self.head_size, device=self.order.device)
-        turned = turned.view(-1, self.head_size)[:, self.order].flatten()
         before, between = (
             norm.weight.float() * self._norm.left for norm in (layer.input_layernorm, layer.post_attention_layernorm)
         )
         return _Layer(
-            _linear(*_qkv(attention), first=turned, columns=before, rows=scale_R),
+            _linear(*_qkv(attention), order=self._order, columns=before, rows=scale_R),
             qk_norm,
             _linear(attention.o_proj),
             _linear(mlp.gate_proj, mlp.up_proj, columns=between),
@@ -92,21 +98,22 @@ class Weights:
 
     def hidden(self, token_N: Tensor, attend: Attend) -> Tensor:
         """What N tokens come to after all layers, [N, hidden size]."""
-        heads, kv_heads, size, rows = self.heads, self.kv_heads, self.head_size, len(token_N)
+        rows, shape = len(token_N), (len(token_N), self.kv_heads, self.shared + 2, self.head_size)
         x = F.embedding(token_N, self.embedding)
         for i, layer in enumerate(self.layers):
-            qk, v = layer.qkv(self._norm(x)).view(rows, -1, size).split((heads + kv_heads, kv_heads), dim=1)
+            qkv = layer.qkv(self._norm(x)).view(shape)
             if layer.qk_norm is not None:
-                qk = self._head_norm(qk) * layer.qk_norm
-            x = x + layer.out(attend(i, qk, v).reshape(rows, -1))
+                qkv[:, :, :-1] = self._head_norm(qkv[:, :, :-1]) * layer.qk_norm
+            x += layer.out(attend(i, qkv).reshape(rows, -1))
             gate, up = layer.gate_up(self._norm(x)).chunk(2, dim=-1)
-            x = x + layer.down(self.act(gate) * up)
+            x += layer.down(self.act(gate).mul_(up))
         return x
 
-    def turned(self, qk: Tensor, turn_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys at their positions. Args: turn_N: complex [N, head size / 2]."""
-        turned = torch.view_as_complex(qk.float().unflatten(-1, (-1, 2))) * turn_N[:, None]
-        return torch.view_as_real(turned).flatten(-2).to(qk.dtype).split((self.heads, self.kv_heads), dim=1)
+    def turned(self, qkv: Tensor, turn_N: Tensor) -> Tensor:
+        """Queries and keys at their positions, in place where they are float32. Args: turn_N: complex [N, head size / 2]."""
+        exact = qkv.float()
+        torch.view_as_complex(exact.unflatten(-1, (-1, 2)))[:, :, :-1] *= turn_N[:, None, None]
+        return exact
 
     def logits(self, x_NF: Tensor) -> Tensor:
         """The next token's logits [N, V], of what `hidden` returned."""
@@ -132,7 +139,7 @@ class Decoder:
         """The first token's."""
         self._position_N, self._at = self._length_P[rows_N], torch.zeros(1, dtype=torch.long, device=device)
         shape = 2, len(prompt_of_row) * weights.kv_heads, room, size
-        self._own = [tuple(torch.empty(shape, dtype=dtype, device=device)) for _ in weights.layers]
+        self._own = [tuple(torch.empty(shape, dtype=dtype if device.type == 'cuda' else torch.float32, device=device)) for _ in weights.layers]
         self._arrange(prompt_of_row)
 
     def _prefill(self, prompts: Sequence[tuple[int, ...]]) -> Tensor:
@@ -140,52 +147,58 @@ class Decoder:
         w, length_P, width = self._w, self._length_P, max(map(len, prompts))
         batch = len(prompts), width
         self._prompts = []
-        """Of each layer keys and values, [P * heads, T, size]."""
+        """Of each layer keys [P * kv heads, T, size], on a CPU [P * kv heads, size, T], and values [P * kv heads, T, size]."""
 
-        def attend(_: int, qk: Tensor, v: Tensor) -> Tensor:
-            q, k, v = (x.unflatten(0, batch).transpose(1, 2).contiguous() for x in (*w.turned(qk, turn_N), v))
-            self._prompts.append((k.flatten(0, 1), v.flatten(0, 1)))
-            shared = w.heads != w.kv_heads
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=shared).transpose(1, 2)
+        def attend(_: int, qkv: Tensor) -> Tensor:
+            qkv = w.turned(qkv, turn_N).unflatten(0, batch).permute(0, 2, 3, 1, 4)  # [P, kv heads, R + 2, T, size]
+            q, k, v = (x.contiguous() for x in (qkv[:, :, :-2].flatten(1, 2), qkv[:, :, -2], qkv[:, :, -1]))
+            kept = k if k.is_cuda else k.mT.contiguous()
+            self._prompts.append((kept.flatten(0, 1), v.flatten(0, 1)))
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=w.shared > 1)
+            return out.transpose(1, 2).to(w.embedding.dtype)
 
         ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=length_P.device)
         turn_N = self._turns_T[:width].repeat(len(prompts), 1)
         x = w.hidden(ids.flatten(), attend)
         outside_PT = torch.arange(width, device=length_P.device) >= length_P[:, None]
-        bias_PT = torch.zeros(batch, dtype=x.dtype, device=x.device).masked_fill_(outside_PT, -torch.inf)
+        bias_PT = torch.zeros(batch, device=x.device).masked_fill_(outside_PT, -torch.inf)
         self._bias = bias_PT.repeat_interleave(w.kv_heads, 0)[:, None]
         return w.logits(x.unflatten(0, batch)[torch.arange(len(prompts), device=x.device), length_P - 1])
 
     def _arrange(self, prompt_of_row: list[int]) -> None:
-        """Note whose answer each row is; on a CPU give every prompt as many slots as the most rows that one of them has."""
+        """Note whose answer each row is, and in which order their keys and values are kept: as they come, on a CPU a prompt's
+        rows side by side, head after head. There every prompt has as many slots as the most rows that one of them has."""
         self._prompt_of_row, self._graph = prompt_of_row, None
-        self._prompt_of_row_N = torch.tensor(prompt_of_row, device=self._length_P.device)
-        rows_P = [[] for _ in range(max(prompt_of_row) + 1)]
-        for n, prompt in enumerate(prompt_of_row):
-            rows_P[prompt].append(n)
-        self._slots = max(map(len, rows_P))
-        slots = [n for rows in rows_P for n in (rows + rows[:1] * self._slots)[: self._slots]]  # a spare one: any row
-        at, heads = {n: slot for slot, n in reversed(list(enumerate(slots)))}, range(self._w.kv_heads)
-        by_prompt = (slots[start : start + self._slots] for start in range(0, len(slots), self._slots))
-        to_slot = [n * len(heads) + h for rows in by_prompt for h in heads for n in rows]
-        places = (divmod(at[n], self._slots) for n in range(len(at)))
-        to_row = [(p * len(heads) + h) * self._slots + s for p, s in places for h in heads]
-        self._to_slot, self._to_row = (torch.tensor(x, device=self._length_P.device) for x in (to_slot, to_row))
+        device, heads = self._length_P.device, range(self._w.kv_heads)
+        self._prompt_of_row_N = torch.tensor(prompt_of_row, device=device)
+        kept = [(p, h, n) for n, p in enumerate(prompt_of_row) for h in heads]
+        kept = kept if device.type == "cuda" else sorted(kept)
+        self._kept = torch.tensor([n * len(heads) + h for _, h, n in kept], device=device)
+        self._place = self._kept.argsort()
+        """Where each row's and head's own keys and values are."""
+        rows_P = np.bincount(prompt_of_row)
+        self._slots = int(rows_P.max())
+        self._to_slot = self._from_slot = None
+        if self._slots * len(rows_P) > len(prompt_of_row):
+            rows_L = rows_P.repeat(len(heads))[:, None]  # of each prompt and head
+            slot = np.arange(self._slots)
+            to_slot = (rows_L.cumsum() - rows_L[:, 0])[:, None] + slot.clip(max=rows_L - 1)  # a spare one: the last row's
+            from_slot = np.flatnonzero(slot < rows_L)
+            self._to_slot, self._from_slot = (torch.from_numpy(x).to(device) for x in (to_slot.ravel(), from_slot))
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows alone."""
-        self._position_N = self._position_N[rows]
-        self._own = [(self._select(k, rows), self._select(v, rows)) for k, v in self._own]
-        prompt_of_row = [self._prompt_of_row[n] for n in rows.tolist()]
+        self._position_N, heads = self._position_N[rows], self._w.kv_heads
+        prompt_of_row, place = [self._prompt_of_row[n] for n in rows.tolist()], self._place.view(-1, heads)[rows].flatten()
         asked = sorted(set(prompt_of_row))
         if len(asked) <= max(self._prompt_of_row):
             at = torch.tensor(asked, device=rows.device)
-            self._prompts = [(self._select(k, at), self._select(v, at)) for k, v in self._prompts]
-            self._bias, self._length_P = self._select(self._bias, at), self._length_P[at]
+            of_heads = (at[:, None] * heads + torch.arange(heads, device=rows.device)).flatten()
+            self._prompts = [(k[of_heads], v[of_heads]) for k, v in self._prompts]
+            self._bias, self._length_P = self._bias[of_heads], self._length_P[at]
         self._arrange([asked.index(p) for p in prompt_of_row])
-
-    def _select(self, x: Tensor, rows: Tensor) -> Tensor:
-        return x.unflatten(0, (-1, self._w.kv_heads))[rows].flatten(0, 1)
+        place = place[self._kept]
+        self._own = [(k[place], v[place]) for k, v in self._own]
 
     def step(self, token_N: Tensor) -> Tensor:
         """Append a token to every row. Returns: the next one's logits [N, V], which the step after may overwrite."""
@@ -216,31 +229,33 @@ class Decoder:
         self._turn_N = self._turns_T[self._position_N + self._at]
         return self._w.logits(self._w.hidden(token_N, attend))
 
-    def _kernel(self, i: int, qk: Tensor, v: Tensor) -> Tensor:
+    def _kernel(self, i: int, qkv: Tensor) -> Tensor:
         from meml_lib.rollouts import kernels
 
         rows = self._prompt_of_row_N, self._length_P
-        return kernels.attend(qk, v, self._turn_N, self._prompts[i], self._own[i], *rows, self._at)
+        return kernels.attend(qkv, self._turn_N, self._prompts[i], self._own[i], *rows, self._at)
 
-    def _products(self, i: int, qk: Tensor, v: Tensor) -> Tensor:
-        (prompt_k, prompt_v), (own_k, own_v), size = self._prompts[i], self._own[i], self._w.head_size
-        q, k = self._w.turned(qk, self._turn_N)
-        own_k.index_copy_(1, self._at, k.reshape(-1, 1, size))
-        own_v.index_copy_(1, self._at, v.reshape(-1, 1, size))
-        q = q.reshape(len(own_k), -1, size)
+    def _products(self, i: int, qkv: Tensor) -> Tensor:
+        (prompt_k, prompt_v), (own_k, own_v) = self._prompts[i], self._own[i]
+        qkv = self._w.turned(qkv, self._turn_N).flatten(0, 1).index_select(0, self._kept)
+        q = qkv[:, :-2]
+        own_k[:, self._step - 1], own_v[:, self._step - 1] = qkv[:, -2], qkv[:, -1]
         near = q @ own_k[:, : self._step].mT
-        far = torch.baddbmm(self._bias, self._by_prompt(q), prompt_k.mT)
+        far = torch.baddbmm(self._bias, self._by_prompt(q), prompt_k)
         p = torch.cat((self._by_row(far), near), dim=-1).softmax(-1)
         far, near = p.split((prompt_v.shape[1], self._step), dim=-1)
-        return torch.baddbmm(self._by_row(self._by_prompt(far) @ prompt_v), near, own_v[:, : self._step])
+        out = torch.baddbmm(self._by_row(self._by_prompt(far) @ prompt_v), near, own_v[:, : self._step])
+        return out.index_select(0, self._place).to(self._w.embedding.dtype)
 
     def _by_prompt(self, x: Tensor) -> Tensor:
-        """[rows * kv heads, heads of a kv head, c] to [prompts * kv heads, slots * heads of a kv head, c]."""
-        return x.index_select(0, self._to_slot).view(-1, self._slots * x.shape[1], x.shape[2])
+        """[kept, R, c] to [prompts * kv heads, slots * R, c]."""
+        x = x if self._to_slot is None else x.index_select(0, self._to_slot)
+        return x.reshape(-1, self._slots * x.shape[1], x.shape[2])
 
     def _by_row(self, x: Tensor) -> Tensor:
         """The inverse of `_by_prompt`."""
-        return x.view(-1, x.shape[1] // self._slots, x.shape[2]).index_select(0, self._to_row)
+        x = x.view(-1, self._w.shared, x.shape[2])
+        return x if self._from_slot is None else x.index_select(0, self._from_slot)
 
 
 class _Norm:
@@ -289,9 +304,9 @@ def _qkv(attention: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
 
 
 def _linear(
-    *modules: nn.Module, first: Tensor | None = None, columns: Tensor | None = None, rows: Tensor | None = None
+    *modules: nn.Module, order: Tensor | None = None, columns: Tensor | None = None, rows: Tensor | None = None
 ) -> Callable[[Tensor], Tensor]:
-    """x -> the outputs of all modules, side by side; those of the first len(first) in the order `first`.
+    """x -> the outputs of all modules, side by side, or in another order.
 
     Args: columns, rows: what the inputs and, biases included, the outputs are multiplied by; float32, so that each weight
       is rounded once.
@@ -306,13 +321,19 @@ def _linear(
         weight = weight * rows[:, None]
         bias = None if bias is None else (bias * rows).to(dtype)
     weight = weight.to(dtype)
-    if first is not None:
-        weight = torch.cat((weight[first], weight[len(first) :]))
-        bias = None if bias is None else torch.cat((bias[first], bias[len(first) :]))
+    if order is not None:
+        weight, bias = weight[order], None if bias is None else bias[order]
     if weight.device.type == "cpu" and weight.numel() >= _PACK and _onednn(weight.dtype):
         # F.linear lays such a matrix out for oneDNN at every product, in a third of its time.
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+        packed, product = torch.ops.mkldnn._reorder_linear_weight(weight), torch.ops.mkldnn._linear_pointwise
+        slow = _AMX_SLOW if dtype == torch.bfloat16 and torch.cpu.get_capabilities().get("amx_bf16") else ()
+
+        def linear(x: Tensor) -> Tensor:
+            rows = len(x)
+            x = F.pad(x, (0, 0, 0, _AMX_SLOW.stop - rows)) if rows in slow else x
+            return product(x, packed, bias, "none", [], "")[:rows]
+
+        return linear
     return lambda x: F.linear(x, weight, bias)
 
 

@@ -41,7 +41,7 @@ def _over(q, k, v, length, most, mass, mixed, size: tl.constexpr, wide: tl.const
 
 @triton.jit
 def _attend(
-    qk_N, v_N, turn_N, out_N, prompt_k, prompt_v, own_k, own_v, prompt_of_row_N, length_P, at, qk_row, v_row, width, room,
+    qkv_N, turn_N, out_N, prompt_k, prompt_v, own_k, own_v, prompt_of_row_N, length_P, at, row, width, room,
     kv_heads: tl.constexpr, shared: tl.constexpr, size: tl.constexpr, rows: tl.constexpr, wide: tl.constexpr,
     block: tl.constexpr,
 ):  # fmt: skip
@@ -53,14 +53,14 @@ def _attend(
     cos = tl.load(turn_N + n * size + d // 2 * 2, mask=there, other=0.0)
     sin = tl.load(turn_N + n * size + d // 2 * 2 + 1, mask=there, other=0.0)
     sin = tl.where(d % 2 == 0, -sin, sin)
-    head = qk_N + n * qk_row + (h * shared + g[:, None]) * size
-    q = tl.load(head + d[None, :], mask=real, other=0.0).to(tl.float32) * cos[None, :]
-    q += tl.load(head + (d ^ 1)[None, :], mask=real, other=0.0).to(tl.float32) * sin[None, :]
-    head = qk_N + n * qk_row + (kv_heads * shared + h) * size
+    head = qkv_N + n * row + h * (shared + 2) * size
+    q = tl.load(head + g[:, None] * size + d[None, :], mask=real, other=0.0).to(tl.float32) * cos[None, :]
+    q += tl.load(head + g[:, None] * size + (d ^ 1)[None, :], mask=real, other=0.0).to(tl.float32) * sin[None, :]
+    head += shared * size
     k = tl.load(head + d, mask=there, other=0.0).to(tl.float32) * cos
     k += tl.load(head + (d ^ 1), mask=there, other=0.0).to(tl.float32) * sin
-    q, k = q.to(qk_N.dtype.element_ty), k.to(qk_N.dtype.element_ty)
-    v = tl.load(v_N + n * v_row + h * size + d, mask=there, other=0.0)
+    q, k = q.to(qkv_N.dtype.element_ty), k.to(qkv_N.dtype.element_ty)
+    v = tl.load(head + size + d, mask=there, other=0.0)
     step = tl.load(at)
     own = (n * kv_heads + h) * room * size
     tl.store(own_k + own + step * size + d, k, mask=there)
@@ -80,8 +80,7 @@ def _attend(
 
 
 def attend(
-    qk: Tensor,
-    v: Tensor,
+    qkv: Tensor,
     turn_N: Tensor,
     prompt: tuple[Tensor, Tensor],
     own: tuple[Tensor, Tensor],
@@ -92,17 +91,16 @@ def attend(
     """What one token of each row attends to: its prompt, its answer so far, and itself. Its key and value are kept.
 
     Args:
-      qk: [N, heads + kv heads, D], scaled, not turned. v: [N, kv heads, D]. A row's numbers adjoin.
+      qkv: [N, kv heads, R + 2, D], of each head of keys its R queries, scaled, its key, neither turned, and its value.
       turn_N: complex [N, D / 2], of each token's position; numbers 2i and 2i + 1 of a head are turned together.
       prompt: keys and values [P * kv heads, T, D]. own: those of the answers, [N * kv heads, room, D]; written at `at`.
       prompt_of_row_N: int64. length_P: tokens of each prompt, int64. at: int64 [1], tokens of the answers so far.
-    Returns: [N, heads, D].
+    Returns: [N, kv heads, R, D].
     """
-    rows, kv_heads, size = v.shape
-    heads = qk.shape[1] - kv_heads
-    out, shared = qk.new_empty(rows, heads, size), heads // kv_heads
+    rows, kv_heads, shared, size = (*qkv.shape[:2], qkv.shape[2] - 2, qkv.shape[3])
+    out = qkv.new_empty(rows, kv_heads, shared, size)
     _attend[rows, kv_heads](
-        qk, v, torch.view_as_real(turn_N), out, *prompt, *own, prompt_of_row_N, length_P, at, qk.stride(0), v.stride(0),
+        qkv, torch.view_as_real(turn_N), out, *prompt, *own, prompt_of_row_N, length_P, at, qkv.stride(0),
         prompt[0].shape[1], own[0].shape[1], kv_heads=kv_heads, shared=shared, size=size,
         rows=max(16, triton.next_power_of_2(shared)), wide=max(16, triton.next_power_of_2(size)), block=_BLOCK,
     )  # fmt: skip

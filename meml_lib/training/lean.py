@@ -1,0 +1,103 @@
+"""What a pass need not keep for its backward pass, because computing it again costs nearly nothing: what comes out of an
+activation and what goes into the last product of an MLP, and the float32 copies inside norms. Of a SmolLM2 layer this is
+half of all that is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+
+@contextmanager
+def lean(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model's gated MLPs and RMSNorms keep less; forward and backward pass happen within.
+
+    Nothing changes under gradient checkpointing, which keeps less still.
+    """
+    changed = []
+    again = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    for module in () if again else model.modules():
+        forward = _forward_of(module)
+        if forward is not None:
+            module.forward = partial(forward, module)
+            changed.append(module)
+    try:
+        yield
+    finally:
+        for module in changed:
+            del module.forward
+
+
+def _forward_of(module: nn.Module):
+    name = type(module).__name__
+    if name.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+        return _norm
+    is_gated = name.endswith("MLP") and {"gate_proj", "up_proj", "down_proj"} <= dict(module.named_children()).keys()
+    return _mlp if is_gated and type(module.act_fn).__name__ in ("SiLU", "SiLUActivation") else None
+
+
+def _norm(module: nn.Module, x: Tensor) -> Tensor:
+    return _Norm.apply(x, module.weight, module.variance_epsilon)
+
+
+class _Norm(torch.autograd.Function):
+    """y = weight * x / rms(x), each row in float32; keeps x and one number a row."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        exact = x.float()
+        scale = torch.linalg.vecdot(exact, exact).div_(x.shape[-1]).add_(epsilon).rsqrt_()[..., None]
+        ctx.save_for_backward(x, weight, scale)
+        return weight * (exact * scale).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight, scale = ctx.saved_tensors
+        unit = x.float() * scale
+        grad_weight = (grad * unit.to(x.dtype)).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        grad_unit = (grad * weight).float()
+        along = torch.linalg.vecdot(grad_unit, unit)[..., None]
+        return grad_unit.addcmul_(unit, along, value=-1 / x.shape[-1]).mul_(scale).to(x.dtype), grad_weight, None
+
+
+def _mlp(module: nn.Module, x: Tensor) -> Tensor:
+    gate, up = module.gate_proj(x), module.up_proj(x)
+    gated = _Gated.apply(gate, up)
+    place, parts = gated.untyped_storage().data_ptr(), (gate.detach(), up.detach())
+
+    def keep(tensor: Tensor) -> Tensor | torch.Size:
+        return tensor.shape if tensor.untyped_storage().data_ptr() == place else tensor
+
+    def give(kept: Tensor | torch.Size) -> Tensor:
+        return kept if isinstance(kept, Tensor) else _gated(*parts).view(kept)
+
+    with saved_tensors_hooks(keep, give):  # down_proj may have adapters, which want the same input
+        return module.down_proj(gated)
+
+
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    return functional.silu(gate).mul_(up)
+
+
+class _Gated(torch.autograd.Function):
+    """silu(gate) * up; keeps these two."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return _gated(gate, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), functional.silu(gate).mul_(grad)
