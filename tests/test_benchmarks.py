@@ -19,6 +19,9 @@ import scaling
 import speed
 import workload
 
+from meml_lib import config
+from meml_lib.training import dryrun
+
 WORK = workload.Work("embedded", questions=2, experts=2, group=4, tokens=5, device="cpu", dtype="float32", threads=1)
 TINY = limits.Shape(layers=1, hidden=2, query=2, key=2, mlp=3, vocabulary=5)
 
@@ -165,5 +168,8 @@ def test_the_scaling_plan_in_the_readme_is_what_its_script_says():
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     assert scaling.table() in readme and "**A model, not a measurement**" in readme
     one, eight = (scaling.plan("params/paper-qwen-gsm8k.yaml", gpus) for gpus in (1, 8))
-    assert (one.rows, eight.rows) == (768, 96) and eight.sharded < eight.plain
+    assert (one.rows, eight.rows) == (768, 96) and one.sharded is None
+    divided = {"accelerate_config": "params/hardware/accelerate/gpu8-fsdp.yaml", "gradient_checkpointing": True}
+    p = config.load_run("params/paper-qwen-gsm8k.yaml", {f"hardware.{key}": value for key, value in divided.items()})
+    assert eight.sharded == dryrun.memory(p, dryrun.empty_model(p))[1] < eight.plain / 2
     assert one.step[0] > eight.step[0] > one.step[0] / 8  # sampling's length does not shrink

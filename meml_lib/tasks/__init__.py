@@ -45,6 +45,9 @@ class Graded:
 class Task:
     """A data set. A subclass writes `_build` and `read`, and `_teach` where it has styles beyond `gold`."""
 
+    hub: tuple[str, ...] = ()
+    """Name of its data set on the hub and, where that has one, configuration."""
+
     def __init__(self, params: schema.TaskParams):
         self.params = params
 

@@ -16,9 +16,7 @@ class ReleasedTask(Task):
 
     params: schema.ReleasedParams | schema.Gsm8kResplitParams
     files: dict[str, tuple[str, ...]]
-    """Part -> file names; the first that exists is read."""
-    hub: tuple[str, ...]
-    """Hub name and, where it has one, configuration; parts are its splits."""
+    """Part -> file names; the first that exists is read. On the hub a part is a split."""
 
     @property
     def folder(self) -> str:

@@ -9,12 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import limits
+import yaml
 
 from meml_lib import config
 from meml_lib.training import dryrun
 
 MODELS = {"Qwen2.5-Math-1.5B": "params/paper-qwen-gsm8k.yaml", "Llama-3.2-1B": "params/paper-llama-gsm8k.yaml"}
 GPUS = (1, 8, 16)
+SHARDED = {8: "params/hardware/gpu8-fsdp.yaml", 16: "params/hardware/node2x8-fsdp.yaml"}
 MEASURED = {
     "copy": 2.91e12,  # bytes a second, read and written, of a device-to-device copy
     "product": 779e12,  # bf16 operations a second of a matrix product
@@ -40,8 +42,8 @@ class Plan:
     rows: int
     plain: int
     """Every GPU holds the whole state."""
-    sharded: int
-    """FSDP: a share of it, and the whole weights while it samples."""
+    sharded: int | None
+    """By SHARDED's hardware, where there is one for so many GPUs."""
     sampling: tuple[float, float]
     update: tuple[float, float]
     exchange: float
@@ -57,9 +59,11 @@ def plan(file: str, gpus: int) -> Plan:
     model = dryrun.empty_model(p)
     shape, count = limits.Shape.of(model.config), model.num_parameters()
     rows = p.riel.questions_per_step * len(p.experts.panel) * p.riel.rollouts_per_expert // gpus
-    parts, most = dryrun.memory(p, model)
-    state = sum(size for name, size, _ in parts if name in ("weights", "float32 copies", "gradients", "moments"))
-    weights = next(size for name, size, _ in parts if name == "weights")
+    plain, sharded = dryrun.memory(p, model)[1], None
+    if gpus in SHARDED:
+        hardware = yaml.safe_load(config.locate(SHARDED[gpus]).read_text())["hardware"]
+        divided = config.load_run(file, {f"hardware.{key}": value for key, value in hardware.items()})
+        sharded = dryrun.memory(divided, model)[1]
 
     longest, mean = p.sampling.max_answer_tokens, ASSUMED["mean"] * p.sampling.max_answer_tokens
     at_once = min(rows, p.sampling.rows_per_batch)
@@ -77,7 +81,7 @@ def plan(file: str, gpus: int) -> Plan:
     machines = -(-gpus // 8)
     inside = 2 * (min(gpus, 8) - 1) / min(gpus, 8) * 2 * count / ASSUMED["inside"]
     between = 2 * (machines - 1) / machines * 2 * count / ASSUMED["between"]
-    return Plan(rows, most, most - state + state // gpus + (weights if gpus > 1 else 0), sampling, update, inside + between)
+    return Plan(rows, plain, sharded, sampling, update, inside + between)
 
 
 def table() -> str:
@@ -87,7 +91,7 @@ def table() -> str:
     for name, file in MODELS.items():
         for gpus in GPUS:
             found = plan(file, gpus)
-            sharded = f"{found.sharded / 2**30:.0f}" if gpus > 1 else "-"
+            sharded = f"{found.sharded / 2**30:.0f}" if found.sharded else "-"
             cells = (name, gpus, found.rows, f"{found.plain / 2**30:.0f}", sharded, _range(found.sampling), _range(found.update),
                      f"{found.exchange:.2f}", _range(found.step))  # fmt: skip
             lines.append(f"| {' | '.join(map(str, cells))} |")
