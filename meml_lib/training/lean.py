@@ -70,34 +70,35 @@ class _Norm(torch.autograd.Function):
 
 
 def _mlp(module: nn.Module, x: Tensor) -> Tensor:
-    gate, up = module.gate_proj(x), module.up_proj(x)
-    gated = _Gated.apply(gate, up)
-    place, parts = gated.untyped_storage().data_ptr(), (gate.detach(), up.detach())
+    gate, up, shared = module.gate_proj(x), module.up_proj(x), []
+    gated = _Gated.apply(gate, up, shared)
+    storage, parts = gated.untyped_storage()._cdata, (gate.detach(), up.detach())
 
     def keep(tensor: Tensor) -> Tensor | torch.Size:
-        return tensor.shape if tensor.untyped_storage().data_ptr() == place else tensor
+        return tensor.shape if tensor.untyped_storage()._cdata == storage else tensor
 
     def give(kept: Tensor | torch.Size) -> Tensor:
-        return kept if isinstance(kept, Tensor) else _gated(*parts).view(kept)
+        if isinstance(kept, Tensor):
+            return kept
+        shared[:] = [functional.silu(parts[0])]
+        return (shared[0] * parts[1]).view(kept)
 
     with saved_tensors_hooks(keep, give):  # down_proj may have adapters, which want the same input
         return module.down_proj(gated)
 
 
-def _gated(gate: Tensor, up: Tensor) -> Tensor:
-    return functional.silu(gate).mul_(up)
-
-
 class _Gated(torch.autograd.Function):
-    """silu(gate) * up; keeps these two."""
+    """silu(gate) * up; keeps these two. `shared`: silu(gate), where the backward pass had to compute it already."""
 
     @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx, gate: Tensor, up: Tensor, shared: list[Tensor]) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return _gated(gate, up)
+        ctx.shared = shared
+        return functional.silu(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), functional.silu(gate).mul_(grad)
+        silu = ctx.shared.pop() if ctx.shared else functional.silu(gate)
+        return torch.ops.aten.silu_backward(grad * up, gate), silu.mul_(grad), None

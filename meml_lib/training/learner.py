@@ -20,7 +20,7 @@ from meml_lib.training.policy import Policy, Row
 from meml_lib.training.profile import span
 
 
-PART = 2**23
+PART = 2**22
 """Numbers of the weights that the optimiser works on at a time; a larger weight is a part of its own."""
 
 
@@ -180,12 +180,23 @@ class Learner:
         kept = count_N.nonzero()[:, 0].tolist()
         return [part.rows[n] for n in kept], weight_N[kept]
 
-    def _micro_batches(self, rows: Sequence[Row]) -> Iterator[list[Row]]:
-        if packing.packs(self.policy.model):
-            batches = packing.trees(rows, self.micro_batch_tokens)
-        else:
-            batches = micro_batches([row.tokens for row in rows], self.micro_batch_tokens)
-        return ([rows[n] for n in batch] for batch in batches)
+    def _micro_batches(self, rows: Sequence[Row]) -> list[list[Row]]:
+        """As few as the budget allows, and then as equal as they come: the largest decides what memory a step needs."""
+        lengths = [row.tokens for row in rows]
+
+        def split(budget: int) -> list[list[int]]:
+            return list(packing.trees(rows, budget) if packing.packs(self.policy.model) else micro_batches(lengths, budget))
+
+        enough = self.micro_batch_tokens
+        batches, below = split(enough), 0
+        while len(batches) > 1 and enough - below > max(1, self.micro_batch_tokens // 32):
+            middle = (enough + below) // 2
+            closer = split(middle)
+            if len(closer) == len(batches):
+                batches, enough = closer, middle
+            else:
+                below = middle
+        return [[rows[n] for n in batch] for batch in batches]
 
     def _idle(self) -> list[tuple[Row, list[Use]]]:
         end = (self.policy.answer_end_id,)
@@ -221,9 +232,7 @@ class Learner:
     def _step(self) -> float:
         """Clip the gradient and take a step, a part of the weights at a time: float32 gradients of all would be as large as
         the weights that they change, and come back from memory for every pass over them."""
-        grads = (weight.grad for weight in self._weight_of.values() if weight.grad is not None)
-        norms = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads])
-        grad_norm = sharding.full(torch.linalg.vector_norm(norms)).item()
+        grad_norm = self._grad_norm()
         if not math.isfinite(grad_norm):
             self.model.zero_grad()
             raise FloatingPointError(f"gradient norm is {grad_norm}; no step was taken. Try a lower lr or float32")
@@ -243,6 +252,13 @@ class Learner:
                     if weight is not master:
                         weight.copy_(master)
         return grad_norm
+
+    def _grad_norm(self) -> float:
+        grads = (sharding.local(weight.grad).flatten() for weight in self._weight_of.values() if weight.grad is not None)
+        pieces = (piece.float() for grad in grads for piece in grad.split(PART))
+        squares = [torch.dot(piece, piece) for piece in pieces]  # a tenth of `vector_norm`'s time on a CPU
+        square = torch.stack(squares).double().sum().item() if squares else 0.0
+        return math.sqrt(self._over_processes([square])[0] if sharding.is_sharded(self.model) else square)
 
 
 def micro_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
@@ -281,7 +297,13 @@ def _optimizers(params: OptimizerParams, names: Sequence[str], tensors: Sequence
         hidden = params.optimizer == "muon" and tensor.ndim == 2 and not any(word in name for word in outer)
         (matrices if hidden else rest).append(tensor)
     options = {"lr": params.lr, "weight_decay": params.weight_decay}
-    adamw = (torch.optim.AdamW(part, betas=(0.9, 0.95), fused=True, **options) for part in _parts(rest))
+    adamw = [torch.optim.AdamW(part, betas=(0.9, 0.95), fused=True, **options) for part in _parts(rest)]
+    # Moments now, as torch would make them at the first step: made later, they would lie scattered among what passes and
+    # samplers give back, which then no longer fit there.
+    for optimizer in adamw:
+        for weight in _trained(optimizer):
+            moments = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[weight] = {"step": torch.zeros((), device=weight.device), **moments}
     # Muon scaled so that one learning rate serves both.
     muon = (torch.optim.Muon(part, adjust_lr_fn="match_rms_adamw", **options) for part in _parts(matrices))
     return [*adamw, *muon]
