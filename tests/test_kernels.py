@@ -20,24 +20,24 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def test_a_token_attends_to_its_prompt_its_answer_and_itself(heads, kv_heads, size, at):
     torch.manual_seed(at)
     rows, longest, room, group = 5, 70, 80, heads // kv_heads
-    qk = torch.randn(rows, heads + kv_heads, size, device=DEVICE)
-    v = torch.randn(rows, heads + 2 * kv_heads, size, device=DEVICE)[:, -kv_heads:]
+    qkv = torch.randn(rows, kv_heads, group + 2, size, device=DEVICE)
     turn_N = torch.polar(torch.ones(rows, size // 2), torch.randn(rows, size // 2)).to(DEVICE)
     prompt_k, prompt_v = torch.randn(2, 2 * kv_heads, longest, size, device=DEVICE)
     own_k, own_v = torch.randn(2, rows * kv_heads, room, size, device=DEVICE)
     prompt_of_row_N, length_P = torch.tensor([0, 1, 1, 0, 1], device=DEVICE), torch.tensor([70, 13], device=DEVICE)
     before_k, before_v = own_k.clone(), own_v.clone()
     out = kernels.attend(
-        qk, v, turn_N, (prompt_k, prompt_v), (own_k, own_v), prompt_of_row_N, length_P, torch.tensor([at], device=DEVICE)
+        qkv, turn_N, (prompt_k, prompt_v), (own_k, own_v), prompt_of_row_N, length_P, torch.tensor([at], device=DEVICE)
     )
-    turned = torch.view_as_real(torch.view_as_complex(qk.unflatten(-1, (-1, 2))) * turn_N[:, None]).flatten(-2)
-    q, k = turned.split((heads, kv_heads), dim=1)
+    turned = torch.view_as_real(torch.view_as_complex(qkv.unflatten(-1, (-1, 2))) * turn_N[:, None, None]).flatten(-2)
+    q, k, v = turned[:, :, :-2], turned[:, :, -2], qkv[:, :, -1]
     for n, p in enumerate(prompt_of_row_N.tolist()):
         for h in range(heads):
             asked, own = p * kv_heads + h // group, n * kv_heads + h // group
             keys = torch.cat([prompt_k[asked, : length_P[p]], before_k[own, :at], k[n, h // group][None]])
             values = torch.cat([prompt_v[asked, : length_P[p]], before_v[own, :at], v[n, h // group][None]])
-            torch.testing.assert_close(out[n, h], (keys @ q[n, h]).softmax(0) @ values, atol=1e-5, rtol=1e-5)
+            expected = (keys @ q[n, h // group, h % group]).softmax(0) @ values
+            torch.testing.assert_close(out[n, h // group, h % group], expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(own_k.view(rows, kv_heads, room, size)[:, :, at], k)
     assert own_v.view(rows, kv_heads, room, size)[:, :, at].equal(v)
     for kept, was in ((own_k, before_k), (own_v, before_v)):

@@ -331,14 +331,16 @@ def test_looking_rarely_changes_nothing(monkeypatch, check, refill):
     agree(model, got)
 
 
+@pytest.mark.parametrize("amx", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_matrices_laid_out_ahead_give_the_same_products(monkeypatch, dtype):
+def test_matrices_laid_out_ahead_give_the_same_products(monkeypatch, dtype, amx):
     model = make("llama, untied, biases", dtype)
     plain = decoder.Weights(model)
     monkeypatch.setattr(decoder, "_PACK", 0)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
     packed = decoder.Weights(model)
     for of in (lambda w: w.layers[1].qkv, lambda w: w.layers[1].gate_up, lambda w: w.head):
-        for rows in (1, 7, 96):
+        for rows in (1, 7, 17, 32, 96):
             x = torch.randn(rows, 32, generator=torch.Generator().manual_seed(rows)).to(dtype)
             torch.testing.assert_close(of(packed)(x), of(plain)(x))
     if dtype is torch.float32:

@@ -4,7 +4,7 @@ What it saves over a model's own forward pass, in which a step of few tokens is 
 - q, k and v are one product, gate and up another, with the norm's weights and attention's scale in their matrices; large
   matrices are laid out for the CPU once, not at every product.
 - The keys of a prompt are kept once for all its rollouts, whose queries meet them in one product.
-- An answer's keys are written in place; attention is two products and a softmax, on CUDA one kernel (`kernels`).
+- An answer's keys are written in place; attention is products and a softmax in float32, on CUDA one kernel (`kernels`).
 - On CUDA a step is one captured graph, the same for all tokens of an answer.
 """
 
@@ -110,7 +110,7 @@ class Weights:
         return x
 
     def turned(self, qkv: Tensor, turn_N: Tensor) -> Tensor:
-        """Queries and keys at their positions, in place where they are float32. Args: turn_N: complex [N, head size / 2]."""
+        """Queries and keys at their positions, and values, float32; in place where they are. Args: turn_N: complex [N, size / 2]."""
         exact = qkv.float()
         torch.view_as_complex(exact.unflatten(-1, (-1, 2)))[:, :, :-1] *= turn_N[:, None, None]
         return exact
@@ -129,7 +129,9 @@ class Decoder:
 
     def __init__(self, weights: Weights, prompts: Sequence[tuple[int, ...]], prompt_of_row: list[int], room: int):
         self._w, self._step = weights, 0
-        device, dtype, size = weights.embedding.device, weights.embedding.dtype, weights.head_size
+        device, size = weights.embedding.device, weights.head_size
+        # A CPU's products in bfloat16 copy what does not adjoin, such as a cache's first tokens: that is slower.
+        self._dtype = weights.embedding.dtype if device.type == "cuda" else torch.float32
         positions = torch.arange(max(map(len, prompts)) + room, device=device)[None]
         cos, sin = (table[0, :, : size // 2].float() for table in weights.rotary(weights.embedding, positions))
         self._turns_T = torch.complex(cos, sin)
@@ -139,7 +141,7 @@ class Decoder:
         """The first token's."""
         self._position_N, self._at = self._length_P[rows_N], torch.zeros(1, dtype=torch.long, device=device)
         shape = 2, len(prompt_of_row) * weights.kv_heads, room, size
-        self._own = [tuple(torch.empty(shape, dtype=dtype if device.type == 'cuda' else torch.float32, device=device)) for _ in weights.layers]
+        self._own = [tuple(torch.empty(shape, dtype=self._dtype, device=device)) for _ in weights.layers]
         self._arrange(prompt_of_row)
 
     def _prefill(self, prompts: Sequence[tuple[int, ...]]) -> Tensor:
@@ -150,7 +152,8 @@ class Decoder:
         """Of each layer keys [P * kv heads, T, size], on a CPU [P * kv heads, size, T], and values [P * kv heads, T, size]."""
 
         def attend(_: int, qkv: Tensor) -> Tensor:
-            qkv = w.turned(qkv, turn_N).unflatten(0, batch).permute(0, 2, 3, 1, 4)  # [P, kv heads, R + 2, T, size]
+            qkv = w.turned(qkv, turn_N).to(self._dtype)
+            qkv = qkv.unflatten(0, batch).permute(0, 2, 3, 1, 4)  # [P, kv heads, R + 2, T, size]
             q, k, v = (x.contiguous() for x in (qkv[:, :, :-2].flatten(1, 2), qkv[:, :, -2], qkv[:, :, -1]))
             kept = k if k.is_cuda else k.mT.contiguous()
             self._prompts.append((kept.flatten(0, 1), v.flatten(0, 1)))
@@ -161,7 +164,7 @@ class Decoder:
         turn_N = self._turns_T[:width].repeat(len(prompts), 1)
         x = w.hidden(ids.flatten(), attend)
         outside_PT = torch.arange(width, device=length_P.device) >= length_P[:, None]
-        bias_PT = torch.zeros(batch, device=x.device).masked_fill_(outside_PT, -torch.inf)
+        bias_PT = torch.zeros(batch, dtype=self._dtype, device=x.device).masked_fill_(outside_PT, -torch.inf)
         self._bias = bias_PT.repeat_interleave(w.kv_heads, 0)[:, None]
         return w.logits(x.unflatten(0, batch)[torch.arange(len(prompts), device=x.device), length_P - 1])
 
