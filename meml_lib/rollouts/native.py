@@ -137,12 +137,8 @@ def _choose(logits_NV: Tensor, uniform_N: Tensor, temperature, top_p) -> tuple[T
     else:
         heated_NV = p_NV if temperature == 1.0 else (logits_NV / temperature).softmax(-1)
         token_N = draw(heated_NV, uniform_N, top_p=top_p)
-    if temperature in (None, 1.0):  # then the token is possible, and its probability tells the sum of all
-        logp_N = p_NV.gather(-1, token_N[:, None])[:, 0].log()
-        lse_N = logits_NV.gather(-1, token_N[:, None])[:, 0] - logp_N
-    else:
-        lse_N = logits_NV.amax(-1) - p_NV.amax(-1).log()
-        logp_N = logits_NV.gather(-1, token_N[:, None])[:, 0] - lse_N
+    lse_N = logits_NV.amax(-1) - p_NV.amax(-1).log()
+    logp_N = logits_NV.gather(-1, token_N[:, None])[:, 0] - lse_N
     # Entropy is E[-log p] = lse - E[logit]; finite, since 0 times an impossible token's -inf is nan.
     entropy_N = lse_N - torch.linalg.vecdot(p_NV, logits_NV.clamp(min=torch.finfo(torch.float32).min))
     return token_N, logp_N, entropy_N
