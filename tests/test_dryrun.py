@@ -154,8 +154,10 @@ def test_one_process_has_no_buckets_and_float32_needs_no_copies():
     assert (told["weights"], told["gradients"], told["or: an update"]) == (4 * count, 4 * count, 4 * count)
 
 
-def test_sampling_is_what_the_sampler_reserves(task, panel, policy):
-    p = config.load_run("smoke.yaml", {"sampling.rows_per_batch": 6})
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sampling_is_what_the_sampler_reserves(task, panel, policy, dtype):
+    p = config.load_run("smoke.yaml", {"sampling.rows_per_batch": 6, "model.dtype": dtype})
+    policy.model.to(getattr(torch, dtype))
     p = tiny(p, hidden_size=32, layers=2, heads=1, mlp_size=64, max_positions=128)
     prompt, answer = 128 - 48, 48  # as long as its positions allow
     prompts = [(1, *(n,) * (prompt - 1)) for n in range(6)]

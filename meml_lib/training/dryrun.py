@@ -83,7 +83,8 @@ def memory(p: config.Run, model: PreTrainedModel) -> tuple[list[tuple[str, int, 
     buckets, over = p.hardware.processes > 1 and not sharded, f" / {parts} processes" * sharded
     of_gradients = f"parameters x {size} bytes{over}{', and all-reduce buckets' * buckets}"
     head_size = _head(c)
-    cache = rows * (prompt + answer) * layers * 2 * c.num_key_value_heads * head_size * size
+    exact = 4 if p.hardware.device == "cpu" else size  # of a cached number, as `decoder.Decoder` keeps them
+    cache = rows * (prompt + answer) * layers * 2 * c.num_key_value_heads * head_size * exact
     # The sampler's fused copies of weights (q, k and v; gate and up), logits of two steps, and a draw's work, of each
     # entry float32 logits, p and two more.
     fused = layers * c.hidden_size * ((c.num_attention_heads + 2 * c.num_key_value_heads) * head_size + 2 * c.intermediate_size)
@@ -98,7 +99,7 @@ def memory(p: config.Run, model: PreTrainedModel) -> tuple[list[tuple[str, int, 
     ]
     sampling = [
         ("or: sampling", cache, f"KV cache of {rows} rows x ({prompt} + {answer}) tokens x {layers} "
-         f"layers x 2 x {c.num_key_value_heads} heads x {head_size} x {size} bytes"),
+         f"layers x 2 x {c.num_key_value_heads} heads x {head_size} x {exact} bytes"),
         ("", step, f"{fused:,} fused weights x {size} bytes; {rows} rows x {c.vocab_size:,} words x 2 x {size} bytes, "
          f"and 16 bytes of at most {native.CUDA_ENTRIES:,} at once"),
     ]  # fmt: skip
