@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 ROOT = Path(__file__).parents[1]
 STEPS = 10
 TIMEOUT_S = 240.0
+OPTIONS = {"optimizer": "adamw", "sharded": False, "questions": 3, "capacity": 8, "steps": STEPS, "dtype": "float32"}
 
 
 @dataclass(frozen=True)
@@ -58,16 +59,15 @@ def launch(processes: int, script: str, *arguments: str, timeout_s: float) -> No
             raise RuntimeError(said.read()[-3000:])
 
 
-def run(processes: int, folder: Path, *, optimizer="adamw", sharded=False, questions=3, capacity=8, steps=STEPS) -> Outcome:
-    """Ten steps in so many processes. Raises: as `launch`."""
+def run(processes: int, folder: Path, **changed) -> Outcome:
+    """Ten steps in so many processes. Args: changed: of `OPTIONS`. Raises: as `launch`."""
     import riel_over_processes
 
     out, begun = folder / "out.pt", folder / "begun"
     if not begun.is_dir():
         riel_over_processes.begin(begun)
-    values = {"begun": str(begun), "optimizer": optimizer, "sharded": sharded, "questions": questions}
-    values |= {"capacity": capacity, "steps": steps}
-    launch(processes, "riel_over_processes.py", str(out), json.dumps(values), timeout_s=TIMEOUT_S)
+    values = json.dumps({"begun": str(begun), **OPTIONS, **changed})
+    launch(processes, "riel_over_processes.py", str(out), values, timeout_s=TIMEOUT_S)
     saved = torch.load(out, weights_only=True)
     return Outcome(**json.loads(saved["found"]), start=saved["start"], weights=saved["weights"])
 

@@ -59,12 +59,15 @@ def begin(folder: Path) -> None:
     learned.save(folder)
 
 
-def main(out: str, *, begun: str, optimizer: str, sharded: bool, questions: int, capacity: int, steps: int) -> None:
+def main(
+    out: str, *, begun: str, optimizer: str, sharded: bool, questions: int, capacity: int, steps: int, dtype: str
+) -> None:
     accelerator = Accelerator(cpu=True)
     task, panel = tasks.load(TASK), experts.load_panel(schema.ExpertsParams(panel=tuple(KNOWN), known=KNOWN))
     learned = policy.load_trained(Path(begun), SIZE, device="cpu", seed=0)
     options = {"optimizer": optimizer, "sharded": sharded}
     # The demo's rate. Where a gradient is all rounding, AdamW's first steps are as long as elsewhere, and go either way.
+    learned.model.to(getattr(torch, dtype))
     learner = learner_of(learned, accelerator, 3e-4, **options)
     if sharded:
         sharding.check(learner.model, accelerator.num_processes, "the test")

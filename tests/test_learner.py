@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from meml_lib.schema import OptimizerParams
+from meml_lib.training import learner as learner_module
 from meml_lib.training import losses
 from meml_lib.training.learner import Learner, micro_batches, schedule
 from meml_lib.training.losses import Part, WeighedRow
@@ -148,6 +149,30 @@ def test_micro_batches_keep_to_the_budget_and_hold_each_row_once():
     assert sorted(n for batch in batches for n in batch) == list(range(7))
     for batch in batches:
         assert len(batch) == 1 or max(lengths[n] for n in batch) * len(batch) <= 60
+
+
+def test_passes_are_as_few_as_the_budget_allows_and_then_of_one_size(policy):
+    rows = [Row((1, 2, 3), (4,) * n) for n in (30, 30, 30, 20, 20, 10)]  # 140 answer tokens
+    learner = learner_of(policy, budget=120)
+    passes = learner._micro_batches(rows)
+    tokens = [3 + sum(len(row.answer) for row in batch) for batch in passes]
+    assert sorted(row.tokens for batch in passes for row in batch) == sorted(row.tokens for row in rows)
+    assert len(passes) == 2 and max(tokens) <= 83  # greedily 113 and 33
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_how_many_weights_the_optimiser_takes_at_a_time_changes_nothing(policy, rows, monkeypatch, optimizer, dtype):
+    policy.model.to(dtype)
+    ends = []
+    for numbers in (learner_module.PART, 1):
+        monkeypatch.setattr(learner_module, "PART", numbers)
+        learner = learner_of(policy, params=ADAMW.model_copy(update={"optimizer": optimizer}))
+        for _ in range(3):
+            norm = learner.update([part(rows)])["grad_norm"]
+        ends.append((weights(learner), norm, len(learner._optimizers)))
+    assert ends[0][0].equal(ends[1][0]) and ends[0][1] == pytest.approx(ends[1][1], rel=1e-5)
+    assert ends[0][2] <= 2 and ends[1][2] == len(list(policy.model.parameters()))
 
 
 @pytest.mark.parametrize(("decay", "late"), [("constant", 1.0), ("linear", 0.25), ("cosine", 0.1464)])

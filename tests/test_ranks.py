@@ -12,12 +12,16 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("ranks")
 
 
+EXACT = {"dtype": "float64"}
+"""In float32 the layouts' rounding differs, and now and then, on some CPUs, draws another token: all that follows differs."""
+
+
 @pytest.fixture(scope="module")
 def one(folder):
-    return ranks.run(1, folder)
+    return ranks.run(1, folder, **EXACT)
 
 
-def assert_same(one, other, *, within=1e-5):
+def assert_same(one, other, *, within=1e-7):
     for what in ("texts", "buffer", "spent"):  # the held pairs themselves, after every step
         assert ranks.same(one, other, what) == len(one.told), what
     assert ranks.difference(one, other) < within < 1e-2 * ranks.moved(one)
@@ -25,7 +29,7 @@ def assert_same(one, other, *, within=1e-5):
 
 @pytest.mark.parametrize(("processes", "sharded"), [(2, False), (4, False), (2, True)])
 def test_any_layout_makes_the_update_of_one_process(one, folder, processes, sharded):
-    other = ranks.run(processes, folder, sharded=sharded)
+    other = ranks.run(processes, folder, sharded=sharded, **EXACT)
     assert one.processes == 1 and other.processes == processes
     assert len(one.told) == ranks.STEPS and min(one.told[-1]["spent"].values()) > 0
     assert_same(one, other)
@@ -43,7 +47,7 @@ def _rows(trained: dict[str, int]) -> int:
 
 def test_a_buffer_that_one_process_alone_fills_teaches_all(folder):
     """One question a step: the second process never samples, and has rows only when the buffer is full."""
-    options = {"questions": 1, "capacity": 4, "steps": 8}
+    options = {"questions": 1, "capacity": 4, "steps": 8, **EXACT}
     one, two = ranks.run(1, folder, **options), ranks.run(2, folder, **options)
     assert one.told[-1]["spent"]["buffer_flushes"] > 0
     assert_same(one, two)

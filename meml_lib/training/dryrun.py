@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from meml_lib import config, experts, schema, tasks
 from meml_lib.experts import Expert
 from meml_lib.rollouts import native, vllm
-from meml_lib.training import evaluate, head, mef, policy, sharding
+from meml_lib.training import evaluate, head, learner, mef, policy, sharding
 
 PROMPT_TOKENS = 288
 """Assumed length of a prompt; the longest of the public sets' training prompts has 269 tokens of SmolLM2's tokenizer."""
@@ -90,6 +90,7 @@ def memory(p: config.Run, model: PreTrainedModel) -> tuple[list[tuple[str, int, 
     fused = layers * c.hidden_size * ((c.num_attention_heads + 2 * c.num_key_value_heads) * head_size + 2 * c.intermediate_size)
     words = rows * c.vocab_size
     step = fused * size + words * 2 * size + min(words, native.CUDA_ENTRIES) * 16
+    part = min(count, max(learner.PART, *(weight.numel() for weight in model.parameters())))
     at_once = max(1, (p.hardware.micro_batch_tokens - prompt) // answer)
     stay = [
         ("weights", count * size // parts, f"{count:,} parameters x {size} bytes{over}"),
@@ -118,7 +119,8 @@ def memory(p: config.Run, model: PreTrainedModel) -> tuple[list[tuple[str, int, 
     turns = [
         ("or: a pass", held + gathered, f"forward and backward of {at_once} answers x {answer} tokens to a prompt of {prompt}, "
          f"within 30 %{whole}"),
-        ("or: an update", count * 4 * (1 + half) // parts, f"the optimiser's float32 intermediates and gradients{over}"),
+        ("or: an update", part * 4 * (1 + half) // parts, f"the optimiser's float32 intermediates and gradients of {part:,} "
+         f"weights at a time{over}"),
     ]  # fmt: skip
     largest = max(sum(part[1] for part in sampling), *(part[1] for part in turns))
     return [*(part for part in stay if part[1]), *sampling, *turns], sum(part[1] for part in stay) + largest
@@ -129,27 +131,30 @@ def pass_bytes(
 ) -> int:
     """About the most bytes alive at once while a prompt and its answers are trained on, beside weights and gradients.
 
-    Of each token, a layer keeps four vectors as wide as the model and as its MLP, three as its heads, two of the model's
-    in float32 (its norms'); of each answer, keys and values of all it sees for all heads, and the attention's mask. The
-    output layer holds a slab of logits, a chunk of it in float32, and its weight's gradient: summed in float32 where
-    there are several slabs. With `again` (gradient checkpointing) a layer keeps what comes into it, and one at a time the
-    rest and its gradients; at the end a tied output layer's gradient waits for the embedding's, and for their sum.
+    Of each token, a layer keeps four vectors as wide as the model, two as its MLP (`lean`), three as its heads, and has two
+    more as its MLP and two of the model's in float32 as it passes; of each answer it keeps keys and values of all it sees
+    for all heads, and the attention's mask. The output layer holds a slab of logits, a chunk of it in float32, and its
+    weight's gradient: summed in float32 where there are several slabs. With `again` (gradient checkpointing) a layer keeps
+    what comes into it, and one at a time the rest and its gradients. A tied output layer's gradient waits for the
+    embedding's, with `again` also for their sum.
     Traced passes of Llama- and Qwen-shaped models differ by 5 %, of very small ones by 30 % (`tests/test_dryrun.py`).
     """
     c, size, heads = model.config, model.dtype.itemsize, model.config.num_attention_heads * _head(model.config)
     tokens, seen = prompt_tokens + answers * answer_tokens, prompt_tokens + answer_tokens
-    layer = tokens * (size * (4 * c.hidden_size + 4 * c.intermediate_size + 3 * heads) + 2 * 4 * c.hidden_size)
+    layer = tokens * size * (4 * c.hidden_size + 2 * c.intermediate_size + 3 * heads)
+    passing = tokens * (2 * size * c.intermediate_size + 2 * 4 * c.hidden_size)
     layer += answers * seen * size * (2 * heads + answer_tokens)
     logits = answers * answer_tokens * c.vocab_size * size
     slab, chunk = head.sizes(device)
     weights = c.vocab_size * c.hidden_size * (size if logits <= slab else 2 * size + 4)
     copies = 1 + (size < 4)
     output = min(logits, slab) + max(weights, min(copies * logits * 4 // size, copies * chunk))
+    later = c.tie_word_embeddings * c.vocab_size * c.hidden_size * size + passing
     if again:
         embedding = 3 * c.vocab_size * c.hidden_size * size * c.tie_word_embeddings
         inputs = c.num_hidden_layers * tokens * c.hidden_size * size
-        return max(inputs + max(4 * layer // 3, output), embedding)
-    return c.num_hidden_layers * layer + output
+        return max(inputs + max(4 * (layer + passing) // 3, output), embedding)
+    return c.num_hidden_layers * layer + max(output, later)
 
 
 def _head(c: PreTrainedConfig) -> int:
