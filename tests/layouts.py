@@ -59,8 +59,7 @@ def whole(model) -> dict[str, torch.Tensor]:
 
 def exact(learner) -> dict[str, torch.Tensor]:
     """All weights; of those that train, what the optimiser holds: a step may be lost in a bfloat16 weight."""
-    trained = [name for name, weight in learner.policy.model.named_parameters() if weight.requires_grad]
-    copies = {name: sharding.full(m.detach()).cpu().clone() for name, m in zip(trained, learner._masters, strict=True)}
+    copies = {name: sharding.full(master).cpu().clone() for name, master in learner._masters.items()}
     return whole(learner.policy.model) | copies
 
 
@@ -78,7 +77,7 @@ def updates(accelerator: Accelerator, *, sharded: bool) -> dict:
         before = exact(learner)
         records = steps(learner, 2)
         after = exact(learner)
-        masters = {str(master.dtype) for master in learner._masters}
+        masters = {str(master.dtype) for master in learner._masters.values()}
         found[kind] = {"records": records, "before": before, "after": after, "masters": masters, "passes": len(passes)}
     return found
 

@@ -44,7 +44,7 @@ def gradient(policy, parts, *, budget=10_000):
     """The gradient of an update, caught before the optimiser sees it."""
     learner = learner_of(policy, budget=budget)
     caught = []
-    learner._step = lambda: caught.append([p.grad.clone() for p in learner._masters]) or 0.0
+    learner._step = lambda: caught.append([p.grad.clone() for p in learner.policy.model.parameters()]) or 0.0
     learner.update(parts)
     return torch.cat([g.flatten() for g in caught[0]])
 
@@ -107,30 +107,29 @@ def test_an_update_lowers_the_loss_and_reports_it(policy, rows):
 
 def test_muon_takes_hidden_matrices_and_adamw_the_rest(policy):
     learner = learner_of(policy, params=ADAMW.model_copy(update={"optimizer": "muon"}))
-    rest, matrices = (sum(len(g["params"]) for g in o.param_groups) for o in learner._optimizers)
-    assert matrices == 2 * 7  # q, k, v, o, gate, up, down of two layers
-    assert rest == 1 + 2 * 2 + 1  # embedding, two norms a layer, the last norm
+    (_, rest), (_, matrices) = learner._optimizers
+    assert len(matrices) == 2 * 7  # q, k, v, o, gate, up, down of two layers
+    assert len(rest) == 1 + 2 * 2 + 1  # embedding, two norms a layer, the last norm
 
 
 def test_bfloat16_weights_keep_updates_smaller_than_their_own_grid(policy, rows):
     policy.model.to(torch.bfloat16)
     learner = learner_of(policy, params=ADAMW.model_copy(update={"lr": 1e-5}))
-    before = [m.clone() for m in learner._masters]
+    masters = list(learner._masters.values())
+    before = [m.clone() for m in masters]
     for _ in range(3):
         learner.update([part(rows)])
-    moved = max((m - b).abs().max().item() for m, b in zip(learner._masters, before, strict=True))
+    moved = max((m - b).abs().max().item() for m, b in zip(masters, before, strict=True))
     assert 2e-5 < moved < 4e-5  # three steps of 1e-5, none rounded away
-    for p, m in zip(learner.policy.model.parameters(), learner._masters, strict=True):
+    for p, m in zip(learner.policy.model.parameters(), masters, strict=True):
         assert p.dtype == torch.bfloat16 and torch.equal(p, m.bfloat16())
 
 
 def test_gradients_are_clipped_to_the_given_norm(policy, rows):
     learner = learner_of(policy, params=ADAMW.model_copy(update={"max_grad_norm": 1e-6}))
     norms = []
-    step = learner._optimizers[0].step
-    learner._optimizers[0].step = lambda: norms.append(
-        torch.stack([p.grad.norm() for p in learner._masters]).norm().item()
-    ) or step()
+    (optimizer, pieces), step = learner._optimizers[0], learner._optimizers[0][0].step
+    optimizer.step = lambda: norms.append(torch.stack([p.master.grad.norm() for p in pieces]).norm().item()) or step()
     record = learner.update([part(rows, divide_by="tokens")])
     assert record["grad_norm"] > 0.1 and norms[0] == pytest.approx(1e-6, rel=1e-3)
 
@@ -165,14 +164,19 @@ def test_passes_are_as_few_as_the_budget_allows_and_then_of_one_size(policy):
 def test_how_many_weights_the_optimiser_takes_at_a_time_changes_nothing(policy, rows, monkeypatch, optimizer, dtype):
     policy.model.to(dtype)
     ends = []
-    for numbers in (learner_module.PART, 1):
+    rows_of_embedding = policy.model.get_input_embeddings().weight.shape[0]
+    for numbers in (learner_module.PART, 100, 1):
         monkeypatch.setattr(learner_module, "PART", numbers)
         learner = learner_of(policy, params=ADAMW.model_copy(update={"optimizer": optimizer}))
         for _ in range(3):
             norm = learner.update([part(rows)])["grad_norm"]
-        ends.append((weights(learner), norm, len(learner._optimizers)))
-    assert ends[0][0].equal(ends[1][0]) and ends[0][1] == pytest.approx(ends[1][1], rel=1e-5)
-    assert ends[0][2] <= 2 and ends[1][2] == len(list(policy.model.parameters()))
+        pieces = [sum(p.name.startswith("model.embed") for p in pieces) for _, pieces in learner._optimizers]
+        ends.append((weights(learner), norm, len(learner._optimizers), sum(pieces), learner.state()))
+    for end in ends[1:]:
+        assert ends[0][0].equal(end[0]) and ends[0][1] == pytest.approx(end[1], rel=1e-5)
+        assert all(torch.allclose(end[4].moments[name], moment, rtol=1e-5, atol=0.0) for name, moment in ends[0][4].moments.items())
+    assert ends[0][2] <= 2 < ends[1][2] < ends[2][2]
+    assert ends[0][3] == 1 < ends[1][3] < ends[2][3] == rows_of_embedding
 
 
 @pytest.mark.parametrize(("decay", "late"), [("constant", 1.0), ("linear", 0.25), ("cosine", 0.1464)])

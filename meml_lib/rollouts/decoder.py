@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from meml_lib import products
+
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _ROPES = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on how long the text is
 _PACK = 2**18  # weights; the product of a smaller matrix takes longer when it is packed
@@ -326,10 +328,18 @@ def _linear(
     weight = weight.to(dtype)
     if order is not None:
         weight, bias = weight[order], None if bias is None else bias[order]
-    if weight.device.type == "cpu" and weight.numel() >= _PACK and _onednn(weight.dtype):
+    if products.slow(dtype, weight.device):
+        product = _product(weight.float(), None if bias is None else bias.float())
+        return lambda x: product(x.float()).to(dtype)
+    return _product(weight, bias)
+
+
+def _product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    known = weight.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
+    if weight.device.type == "cpu" and weight.numel() >= _PACK and known:
         # F.linear lays such a matrix out for oneDNN at every product, in a third of its time.
         packed, product = torch.ops.mkldnn._reorder_linear_weight(weight), torch.ops.mkldnn._linear_pointwise
-        slow = _AMX_SLOW if dtype == torch.bfloat16 and torch.cpu.get_capabilities().get("amx_bf16") else ()
+        slow = _AMX_SLOW if weight.dtype == torch.bfloat16 and torch.cpu.get_capabilities().get("amx_bf16") else ()
 
         def linear(x: Tensor) -> Tensor:
             rows = len(x)
@@ -338,9 +348,3 @@ def _linear(
 
         return linear
     return lambda x: F.linear(x, weight, bias)
-
-
-def _onednn(dtype: torch.dtype) -> bool:
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from meml_lib import config, experts, schema, tasks
+from meml_lib import config, experts, products, schema, tasks
 from meml_lib.experts import Expert
 from meml_lib.rollouts import native, vllm
 from meml_lib.training import evaluate, head, learner, mef, policy, sharding
@@ -83,14 +83,16 @@ def memory(p: config.Run, model: PreTrainedModel) -> tuple[list[tuple[str, int, 
     buckets, over = p.hardware.processes > 1 and not sharded, f" / {parts} processes" * sharded
     of_gradients = f"parameters x {size} bytes{over}{', and all-reduce buckets' * buckets}"
     head_size = _head(c)
-    exact = 4 if p.hardware.device == "cpu" else size  # of a cached number, as `decoder.Decoder` keeps them
+    cpu = p.hardware.device == "cpu"
+    exact = 4 if cpu else size  # of a cached number, as `decoder.Decoder` keeps them
     cache = rows * (prompt + answer) * layers * 2 * c.num_key_value_heads * head_size * exact
-    # The sampler's fused copies of weights (q, k and v; gate and up), logits of two steps, and a draw's work, of each
-    # entry float32 logits, p and two more.
+    # The sampler's copies of weights (q, k and v, and gate and up, fused; on a CPU all, laid out for its products), logits
+    # of two steps, and a draw's work, of each entry float32 logits, p and two more.
     fused = layers * c.hidden_size * ((c.num_attention_heads + 2 * c.num_key_value_heads) * head_size + 2 * c.intermediate_size)
+    copied, kept = (count, 4 if products.slow(model.dtype, torch.device("cpu")) else size) if cpu else (fused, size)
     words = rows * c.vocab_size
-    step = fused * size + words * 2 * size + min(words, native.CUDA_ENTRIES) * 16
-    part = min(count, max(learner.PART, *(weight.numel() for weight in model.parameters())))
+    step = copied * kept + words * 2 * size + min(words, native.CUDA_ENTRIES) * 16
+    part = min(count, max([learner.PART, *(weight.numel() for weight in model.parameters() if sharded)]))
     at_once = max(1, (p.hardware.micro_batch_tokens - prompt) // answer)
     stay = [
         ("weights", count * size // parts, f"{count:,} parameters x {size} bytes{over}"),
@@ -101,7 +103,7 @@ def memory(p: config.Run, model: PreTrainedModel) -> tuple[list[tuple[str, int, 
     sampling = [
         ("or: sampling", cache, f"KV cache of {rows} rows x ({prompt} + {answer}) tokens x {layers} "
          f"layers x 2 x {c.num_key_value_heads} heads x {head_size} x {exact} bytes"),
-        ("", step, f"{fused:,} fused weights x {size} bytes; {rows} rows x {c.vocab_size:,} words x 2 x {size} bytes, "
+        ("", step, f"{copied:,} weights {'laid out' if cpu else 'fused'} x {kept} bytes; {rows} rows x {c.vocab_size:,} words x 2 x {size} bytes, "
          f"and 16 bytes of at most {native.CUDA_ENTRIES:,} at once"),
     ]  # fmt: skip
     gathered = 0

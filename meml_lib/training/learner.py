@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from meml_lib import products
 from meml_lib.schema import OptimizerParams
 from meml_lib.training import packing, sharding
 from meml_lib.training.head import AnswerLoss, Use
@@ -21,7 +23,7 @@ from meml_lib.training.profile import span
 
 
 PART = 2**22
-"""Numbers of the weights that the optimiser works on at a time; a larger weight is a part of its own."""
+"""Numbers of the weights that the optimiser works on at a time; of a larger weight some rows."""
 
 
 class State(NamedTuple):
@@ -62,13 +64,11 @@ class Learner:
         self.policy, self.accelerator, self.params = policy, accelerator, params
         self.max_answer_tokens, self.micro_batch_tokens = max_answer_tokens, micro_batch_tokens
         self.model = sharding.wrap(policy.model, accelerator, sharded=sharded)
-        named = [(n, p) for n, p in policy.model.named_parameters() if p.requires_grad]
         # A bfloat16 weight keeps 8 bits: an update of 1e-5 on a weight of 0.05 would round away. The optimiser
         # therefore works on float32 copies, which are rounded into the weights after each step.
-        self._names = [n for n, _ in named]
-        self._masters = [p.detach().float() if p.dtype != torch.float32 else p for _, p in named]
-        self._weight_of = {id(m): p for (_, p), m in zip(named, self._masters, strict=True)}
-        self._optimizers = _optimizers(params, self._names, self._masters)
+        self._weights = {name: weight for name, weight in policy.model.named_parameters() if weight.requires_grad}
+        self._masters = {name: weight.detach().float() for name, weight in self._weights.items()}
+        self._optimizers = _optimizers(params, self._masters)
         self._steps, self._done = steps, 0
 
     def state(self, *, keep: bool = True) -> State:
@@ -83,12 +83,15 @@ class Learner:
             if keep:
                 told[name] = whole.cpu()
 
-        for name, master in zip(self._names, self._masters, strict=True):
+        for name, master in self._masters.items():
             note(weights, name, master)
-        of_weight = {id(master): tensors for optimizer in self._optimizers for master, tensors in optimizer.state.items()}
-        for name, master in zip(self._names, self._masters, strict=True):
-            for own, value in of_weight.get(id(master), {}).items():
-                note(moments, f"{name}.{own}", value)
+        of_pieces: dict[str, list[Tensor]] = {}
+        for optimizer, pieces in self._optimizers:
+            for piece in pieces:
+                for own, value in optimizer.state.get(piece.master, {}).items():
+                    of_pieces.setdefault(f"{piece.name}.{own}", []).append(value)
+        for name, values in of_pieces.items():
+            note(moments, name, torch.cat(values) if len(values) > 1 and values[0].ndim else values[0])
         return State(weights, moments, {"done": self._done})
 
     def restore(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], place: Mapping[str, int]) -> None:
@@ -98,23 +101,25 @@ class Learner:
 
         Raises: ValueError if the weights have other names or shapes.
         """
-        have = {name: tuple(weight.shape) for name, weight in zip(self._names, self._masters, strict=True)}
+        have = {name: tuple(master.shape) for name, master in self._masters.items()}
         if have != {name: tuple(weight.shape) for name, weight in weights.items()}:
             odd = sorted(name for name in have.keys() | weights.keys()
                          if name not in have or name not in weights or have[name] != tuple(weights[name].shape))  # fmt: skip
             raise ValueError(f"the checkpoint's weights are another model's: {', '.join(odd[:3])} ({len(odd)} differ)")
         with torch.no_grad():
-            for name, master in zip(self._names, self._masters, strict=True):
+            for name, master in self._masters.items():
                 sharding.local(master).copy_(sharding.local(sharding.divided(weights[name], like=master)))
-                self._weight_of[id(master)].copy_(master)
-        of_weight: dict[int, dict[str, Tensor]] = {}
-        by_name = dict(zip(self._names, self._masters, strict=True))
+                self._weights[name].copy_(master)
+        of_weight: dict[str, dict[str, Tensor]] = {}
         for key, value in moments.items():
             name, _, own = key.rpartition(".")
-            of_weight.setdefault(id(by_name[name]), {})[own] = sharding.divided(value, like=by_name[name])
-        for optimizer in self._optimizers:
-            numbered = enumerate(_trained(optimizer))
-            held = {n: of_weight[id(master)] for n, master in numbered if id(master) in of_weight}
+            of_weight.setdefault(name, {})[own] = sharding.divided(value, like=self._masters[name])
+        for optimizer, pieces in self._optimizers:
+            held = {
+                n: {own: piece.of(value) if value.ndim else value for own, value in of_weight[piece.name].items()}
+                for n, piece in enumerate(pieces)
+                if piece.name in of_weight
+            }
             optimizer.load_state_dict({"state": held, "param_groups": optimizer.state_dict()["param_groups"]})
         self._done = place["done"]
 
@@ -151,7 +156,8 @@ class Learner:
         losses = torch.zeros(len(parts), device=self.accelerator.device)
         # Divided gradients are summed over processes pass by pass: kept until the last one, they would be whole.
         waits = not sharding.is_sharded(self.model)
-        with packing.packed_attention(self.policy.model), lean(self.policy.model):
+        model = self.policy.model
+        with packing.packed_attention(model), lean(model), products.in_float32(model.dtype, model.device):
             for k, batch in enumerate(batches, start=1):
                 with self.accelerator.no_sync(self.model) if waits and k < most else nullcontext():
                     losses += self._pass(parts, *zip(*batch, strict=True))
@@ -238,23 +244,23 @@ class Learner:
             raise FloatingPointError(f"gradient norm is {grad_norm}; no step was taken. Try a lower lr or float32")
         limit = self.params.max_grad_norm
         share = 1.0 if limit is None else min(1.0, limit / (grad_norm + 1e-6))
-        for optimizer in self._optimizers:
+        for optimizer, pieces in self._optimizers:
             optimizer.param_groups[0]["lr"] = self.lr
-            of_part = [(master, self._weight_of[id(master)]) for master in _trained(optimizer)]
-            for master, weight in of_part:
-                if weight.grad is not None:
-                    grad, weight.grad = weight.grad.float(), None
-                    master.grad = grad if share == 1.0 else grad.mul_(share)
+            for piece in pieces:
+                if (grad := self._weights[piece.name].grad) is not None:
+                    grad = piece.of(grad).float()
+                    piece.master.grad = grad if share == 1.0 else grad.mul_(share)
             optimizer.step()
             optimizer.zero_grad()
             with torch.no_grad():
-                for master, weight in of_part:
-                    if weight is not master:
-                        weight.copy_(master)
+                for piece in pieces:
+                    if (weight := self._weights[piece.name]).dtype != torch.float32:  # else they are the same numbers
+                        piece.of(weight).copy_(piece.master)
+        self.model.zero_grad()
         return grad_norm
 
     def _grad_norm(self) -> float:
-        grads = (sharding.local(weight.grad).flatten() for weight in self._weight_of.values() if weight.grad is not None)
+        grads = (sharding.local(weight.grad).flatten() for weight in self._weights.values() if weight.grad is not None)
         pieces = (piece.float() for grad in grads for piece in grad.split(PART))
         squares = [torch.dot(piece, piece) for piece in pieces]  # a tenth of `vector_norm`'s time on a CPU
         square = torch.stack(squares).double().sum().item() if squares else 0.0
@@ -290,36 +296,59 @@ def schedule(step: int, params: OptimizerParams, steps: int) -> float:
     return {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[params.decay]
 
 
-def _optimizers(params: OptimizerParams, names: Sequence[str], tensors: Sequence[Tensor]) -> list[torch.optim.Optimizer]:
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """A weight as the optimiser has it, or some rows of a large one."""
+
+    name: str
+    rows: slice | None
+    master: Tensor
+    """Float32."""
+
+    def of(self, whole: Tensor) -> Tensor:
+        return whole if self.rows is None else whole[self.rows]
+
+
+def _pieces(name: str, master: Tensor) -> list[_Piece]:
+    divided = sharding.local(master) is not master  # over processes
+    if divided or master.numel() <= PART:
+        return [_Piece(name, None, master)]
+    rows = max(1, PART * len(master) // master.numel())
+    starts = range(0, len(master), rows)
+    return [_Piece(name, slice(start, start + rows), master[start : start + rows]) for start in starts]
+
+
+def _optimizers(params: OptimizerParams, masters: Mapping[str, Tensor]) -> list[tuple[torch.optim.Optimizer, list[_Piece]]]:
     """AdamW for all, or Muon for the hidden matrices and AdamW for the rest; each for a part of them (`PART`)."""
     outer = ("embed", "lm_head", "wte", "wpe")
     matrices, rest = [], []
-    for name, tensor in zip(names, tensors, strict=True):
-        hidden = params.optimizer == "muon" and tensor.ndim == 2 and not any(word in name for word in outer)
-        (matrices if hidden else rest).append(tensor)
+    for name, master in masters.items():
+        if params.optimizer == "muon" and master.ndim == 2 and not any(word in name for word in outer):
+            matrices.append(_Piece(name, None, master))  # whole: it makes all of its rows orthogonal
+        else:
+            rest += _pieces(name, master)
     options = {"lr": params.lr, "weight_decay": params.weight_decay}
-    adamw = [torch.optim.AdamW(part, betas=(0.9, 0.95), fused=True, **options) for part in _parts(rest)]
-    # Moments now, as torch would make them at the first step: made later, they would lie scattered among what passes and
-    # samplers give back, which then no longer fit there.
-    for optimizer in adamw:
-        for weight in _trained(optimizer):
-            moments = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[weight] = {"step": torch.zeros((), device=weight.device), **moments}
-    # Muon scaled so that one learning rate serves both.
-    muon = (torch.optim.Muon(part, adjust_lr_fn="match_rms_adamw", **options) for part in _parts(matrices))
-    return [*adamw, *muon]
+    optimizers: list[tuple[torch.optim.Optimizer, list[_Piece]]] = []
+    for part in _parts(rest):
+        adamw = torch.optim.AdamW([piece.master for piece in part], betas=(0.9, 0.95), fused=True, **options)
+        # Moments now, as torch would make them at the first step: made later, they would lie scattered among what passes
+        # and samplers give back, which then no longer fit there.
+        for piece in part:
+            moments = {name: torch.zeros_like(piece.master) for name in ("exp_avg", "exp_avg_sq")}
+            adamw.state[piece.master] = {"step": torch.zeros((), device=piece.master.device), **moments}
+        optimizers.append((adamw, part))
+    for part in _parts(matrices):  # scaled so that one learning rate serves both
+        muon = torch.optim.Muon([piece.master for piece in part], adjust_lr_fn="match_rms_adamw", **options)
+        optimizers.append((muon, part))
+    return optimizers
 
 
-def _trained(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return optimizer.param_groups[0]["params"]  # one group each
-
-
-def _parts(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    part: list[Tensor] = []
-    for tensor in tensors:
-        if part and sum(t.numel() for t in part) + tensor.numel() > PART:
+def _parts(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
+    part: list[_Piece] = []
+    for piece in pieces:
+        if part and sum(other.master.numel() for other in part) + piece.master.numel() > PART:
             yield part
             part = []
-        part.append(tensor)
+        part.append(piece)
     if part:
         yield part

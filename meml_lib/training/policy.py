@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from meml_lib import products
 from meml_lib.schema import HubModelParams, ModelParams, ScratchModelParams
 from meml_lib.tasks import hub
 from meml_lib.training import sharding
@@ -80,13 +81,14 @@ class Policy:
         start_N = torch.tensor([left - len(r.prompt) for r in rows], device=device)
         end_N = torch.tensor([left + len(r.answer) for r in rows], device=device)
         mask_NT = (column_T >= start_N[:, None]) & (column_T < end_N[:, None])
-        out = model(
-            input_ids=ids_NT,
-            attention_mask=mask_NT.long(),
-            position_ids=(column_T - start_N[:, None]).clamp(min=0),
-            use_cache=False,
-            logits_to_keep=right + 1,
-        )
+        with products.in_float32(self.model.dtype, self.model.device):
+            out = model(
+                input_ids=ids_NT,
+                attention_mask=mask_NT.long(),
+                position_ids=(column_T - start_N[:, None]).clamp(min=0),
+                use_cache=False,
+                logits_to_keep=right + 1,
+            )
         return out.logits[:, :-1].float(), ids_NT[:, left:], mask_NT[:, left:]
 
     def score(self, rows: Sequence[Row], *, model: torch.nn.Module | None = None) -> tuple[Tensor, Tensor]:

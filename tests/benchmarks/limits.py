@@ -22,6 +22,8 @@ from dataclasses import dataclass
 
 import torch
 
+from meml_lib import products
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -126,10 +128,11 @@ def seconds(work: Callable[[], object], device: torch.device, *, times: int = 5)
 def machine_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """The best rate of a matrix product (operations a second) and of a copy (bytes a second, read and written)."""
     cuda = device.type == "cuda"
-    products = []
+    dtype = torch.float32 if products.slow(dtype, device) else dtype  # the machine's limit, not torch's in bfloat16
+    rates = []
     for n in (2048, 4096, 8192) if cuda else (1024, 2048):
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        products.append(2 * n**3 / seconds(lambda a=a, b=b: torch.nn.functional.linear(a, b), device))
+        rates.append(2 * n**3 / seconds(lambda a=a, b=b: torch.nn.functional.linear(a, b), device))
     source = torch.ones(2**30 if cuda else 2**27, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return max(products), 2 * source.numel() / seconds(lambda: target.copy_(source), device)
+    return max(rates), 2 * source.numel() / seconds(lambda: target.copy_(source), device)
