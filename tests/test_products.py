@@ -6,8 +6,7 @@ from test_lean import gradients, model_of, plainly
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from meml_lib import products
-from meml_lib.rollouts import native
+from meml_lib.rollouts import native, products
 from meml_lib.training.policy import Policy, Row
 
 CPU = torch.device("cpu")

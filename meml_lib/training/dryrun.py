@@ -16,9 +16,9 @@ import pandas as pd
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from meml_lib import config, experts, products, schema, tasks
+from meml_lib import config, experts, schema, tasks
 from meml_lib.experts import Expert
-from meml_lib.rollouts import native, vllm
+from meml_lib.rollouts import native, products, vllm
 from meml_lib.training import evaluate, head, learner, mef, policy, sharding
 
 PROMPT_TOKENS = 288

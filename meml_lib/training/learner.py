@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from meml_lib import products
+from meml_lib.rollouts import products
 from meml_lib.schema import OptimizerParams
 from meml_lib.training import packing, sharding
 from meml_lib.training.head import AnswerLoss, Use
@@ -20,7 +20,6 @@ from meml_lib.training.lean import lean
 from meml_lib.training.losses import Part, WeighedRow, token_weights
 from meml_lib.training.policy import Policy, Row
 from meml_lib.training.profile import span
-
 
 PART = 2**22
 """Numbers of the weights that the optimiser works on at a time; of a larger weight some rows."""

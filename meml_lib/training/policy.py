@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from meml_lib import products
+from meml_lib.rollouts import products
 from meml_lib.schema import HubModelParams, ModelParams, ScratchModelParams
 from meml_lib.tasks import hub
 from meml_lib.training import sharding

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from meml_lib import products
+from meml_lib.rollouts import products
 
 
 @dataclass(frozen=True)
