@@ -17,7 +17,8 @@ demo: $(INSTALLED)
 	@$(BIN)/meml run params/studies/demo.yaml
 
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest --quiet
+	@$(BIN)/python -m pytest --quiet -n 2 --dist loadfile -m 'not alone'
+	@$(BIN)/python -m pytest --quiet -m alone tests
 
 lab: $(INSTALLED)
 	@$(BIN)/jupyter lab notebooks/00_experts.ipynb

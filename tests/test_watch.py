@@ -282,6 +282,7 @@ launch.train("mef", p)
 """
 
 
+@pytest.mark.alone  # what a terminal shows in which moment
 def test_a_person_sees_jobs_steps_rate_time_left_and_failures(project):
     Path("params/light.yaml").write_text("use: [smoke.yaml]\nmef: {steps: 12}\n")
     here = Path.cwd()

@@ -101,19 +101,19 @@ def gradient_error(work: Work) -> dict[str, float]:
 
 
 def _gradient(step, model: torch.nn.Module) -> torch.Tensor:
-    """What the optimiser is given in a step, as one vector in the order of the model's weights."""
-    given: dict[int, torch.Tensor] = {}
+    """The gradient when a step's first optimiser begins, as one vector in the order of the model's weights."""
+    given: list[torch.Tensor] = []
 
-    def note(optimizer, *_):
-        weights = (weight for group in optimizer.param_groups for weight in group["params"])
-        given.update({id(weight): weight.grad.detach().to("cpu", copy=True) for weight in weights})
+    def note(*_):
+        if not given:
+            given.extend(weight.grad.detach().flatten().to("cpu", copy=True) for weight in model.parameters())
 
     handle = register_optimizer_step_pre_hook(note)
     try:
         step()
     finally:
         handle.remove()
-    return torch.cat([given[id(weight)].flatten() for weight in model.parameters()])
+    return torch.cat(given)
 
 
 def _norm(vector: torch.Tensor) -> float:
