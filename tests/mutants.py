@@ -57,7 +57,7 @@ MUTANTS = [  # what is broken, file, text, its replacement, the test that must f
     ("logits' gradient without the softmax", "meml_lib/training/head.py", "p_cV.mul_(-sum_c1)", "p_cV.mul_(0.0)", f"{PLAIN}[llama]"),
     ("only the last slab trains the output layer", "meml_lib/training/head.py", "return more if total is None else", "return more if True else", "test_packing.py::test_each_part_and_all_together_are_the_plain_ones"),
     ("no end token to learn", "meml_lib/training/policy.py", "[\"input_ids\"], self.answer_end_id)", "[\"input_ids\"],)", "test_policy.py::test_an_answer_trains_its_end_token_even_where_pad_is_eos"),
-    ("bfloat16 without float32 copies", "meml_lib/training/learner.py", "p.detach().float() if p.dtype != torch.float32 else p for", "p for", "test_learner.py::test_bfloat16_weights_keep_updates_smaller_than_their_own_grid"),
+    ("bfloat16 without float32 copies", "meml_lib/training/learner.py", "weight.detach().float() for name", "weight.detach() for name", "test_learner.py::test_bfloat16_weights_keep_updates_smaller_than_their_own_grid"),
 ]  # fmt: skip
 
 
