@@ -66,8 +66,8 @@ def main(
     task, panel = tasks.load(TASK), experts.load_panel(schema.ExpertsParams(panel=tuple(KNOWN), known=KNOWN))
     learned = policy.load_trained(Path(begun), SIZE, device="cpu", seed=0)
     options = {"optimizer": optimizer, "sharded": sharded}
-    # The demo's rate. Where a gradient is all rounding, AdamW's first steps are as long as elsewhere, and go either way.
     learned.model.to(getattr(torch, dtype))
+    # The demo's rate. Where a gradient is all rounding, AdamW's first steps are as long as elsewhere, and go either way.
     learner = learner_of(learned, accelerator, 3e-4, **options)
     if sharded:
         sharding.check(learner.model, accelerator.num_processes, "the test")

@@ -23,6 +23,7 @@ from meml_lib.pipeline import launch
 from meml_lib.runs import RunFolder
 from meml_lib.schema import OptimizerParams
 from meml_lib.training import checkpoints, stage
+from meml_lib.training import learner as learner_module
 from meml_lib.training.learner import Learner
 
 TIMES = ["sample_seconds", "train_seconds", "sample_tokens_per_s", "train_tokens_per_s", "seconds", "tokens_per_s"]
@@ -314,7 +315,9 @@ def test_without_checkpoints_a_training_starts_over(whole, begun, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("lora", [False, True])
-def test_a_learner_goes_on_to_the_bit(tmp_path, dtype, optimizer, lora):
+@pytest.mark.parametrize("at_a_time", [learner_module.PART, 100])  # weights whole; and some rows at a time
+def test_a_learner_goes_on_to_the_bit(tmp_path, monkeypatch, dtype, optimizer, lora, at_a_time):
+    monkeypatch.setattr(learner_module, "PART", at_a_time)
     params = OptimizerParams(
         optimizer=optimizer, lr=1e-3, weight_decay=0.1, warmup_steps=3, decay="linear", max_grad_norm=1.0
     )
@@ -342,6 +345,10 @@ def test_a_learner_goes_on_to_the_bit(tmp_path, dtype, optimizer, lora):
         assert one.update(parts) == two.update(parts)
     for a, b in zip(policy.model.parameters(), other.model.parameters(), strict=True):
         assert a.equal(b)
+    for a, b in zip(one.state()[:2], two.state()[:2], strict=True):
+        assert a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+    with pytest.raises(ValueError, match="another model's: 0.3.exp_avg"):  # as moments were named once
+        two.restore(weights, {"0.3.exp_avg": torch.zeros(3)}, place)
 
 
 def test_a_checkpoint_of_another_model_is_refused():

@@ -229,13 +229,15 @@ def test_each_size_of_a_model_counts_as_much_as_in_a_traced_pass(kind, dtype):
     sizes = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 16, "vocab_size": 1000}
     sizes |= {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32}
 
-    def takes(**others: int) -> tuple[int, int]:
+    def takes(**others: int | str) -> tuple[int, int]:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(kind(**(sizes | others)), dtype=dtype)
         return dryrun.pass_bytes(model, 4, 100, 60), traced(model, 4, 100, 60)
 
     told, held = takes()
     assert told == pytest.approx(held, rel=0.2)
+    other, other_held = takes(hidden_act="gelu")  # an MLP that keeps all
+    assert told < other == pytest.approx(other_held, rel=0.3)
     for name, size in sizes.items():
         if name not in ("num_key_value_heads", "head_dim"):
             more = takes(**{name: 2 * size})

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from test_lean import gradients, model_of, plainly
+from test_learner import ADAMW, learner_of, part, rows  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -65,6 +66,15 @@ def test_a_sampler_multiplies_in_float32_and_draws_what_scoring_says(kind, lacki
 class _Bare(Policy):
     def __init__(self, model):
         self.model = model
+
+
+def test_an_update_multiplies_in_float32_and_so_does_muon(policy, rows, lacking):
+    for dtype in (torch.bfloat16, torch.float32):  # Muon's own products are bfloat16's in any case
+        policy.model.to(dtype)
+        learner = learner_of(policy, params=ADAMW.model_copy(update={"optimizer": "muon"}))
+        with Seen() as seen:
+            learner.update([part(rows)])
+        assert len(seen.taken) > 100 and set(seen.taken) == {torch.float32}
 
 
 def test_other_machines_and_dtypes_keep_their_products(monkeypatch):

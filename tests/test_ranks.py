@@ -13,7 +13,8 @@ def folder(tmp_path_factory):
 
 
 EXACT = {"dtype": "float64"}
-"""In float32 the layouts' rounding differs, and now and then, on some CPUs, draws another token: all that follows differs."""
+"""Of the model's passes; what the optimiser holds stays float32. In float32 passes round otherwise in each layout, and now and
+then, on some CPUs, another token is drawn: all that follows differs."""
 
 
 @pytest.fixture(scope="module")

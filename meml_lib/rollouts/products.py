@@ -1,7 +1,8 @@
 """Matrix products of bfloat16 on a CPU without instructions for them: in float32, and rounded, as the instructions do.
 
-torch's own take 8 to 70 times as long there. Many CPUs have none: Intel's before Cooper Lake and most without AVX-512,
-AMD's before Zen 4.
+torch's own take 8 to 70 times as long there, where oneDNN has none: without AVX-512, as AMD's processors before Zen 4 and
+most of Intel's for laptops. torch's fused attention is no product here and stays as it is; `packing` and `decoder`
+attend by products.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_PRODUCTS = [getattr(torch.ops.aten, name) for name in ("mm", "bmm", "addmm", "baddbmm", "matmul", "linear")]
+_PRODUCTS = [getattr(torch.ops.aten, name).default for name in ("mm", "bmm", "addmm", "baddbmm", "matmul", "linear")]
 
 
 def slow(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether torch multiplies such matrices element by element."""
-    return dtype == torch.bfloat16 and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype != torch.bfloat16 or device.type != "cpu":
+        return False
+    return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def in_float32(dtype: torch.dtype, device: torch.device) -> AbstractContextManager:
@@ -26,7 +29,7 @@ def in_float32(dtype: torch.dtype, device: torch.device) -> AbstractContextManag
 
 class _InFloat32(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket not in _PRODUCTS or args[0].dtype != torch.bfloat16:
+        if func not in _PRODUCTS or args[0].dtype != torch.bfloat16:
             return func(*args, **(kwargs or {}))
         exact = [x.float() if isinstance(x, torch.Tensor) else x for x in args]
         return func(*exact, **(kwargs or {})).to(torch.bfloat16)

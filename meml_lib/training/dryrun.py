@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from meml_lib import config, experts, schema, tasks
 from meml_lib.experts import Expert
 from meml_lib.rollouts import native, products, vllm
-from meml_lib.training import evaluate, head, learner, mef, policy, sharding
+from meml_lib.training import evaluate, head, learner, mef, packing, policy, sharding
 
 PROMPT_TOKENS = 288
 """Assumed length of a prompt; the longest of the public sets' training prompts has 269 tokens of SmolLM2's tokenizer."""
@@ -89,10 +89,11 @@ def memory(p: config.Run, model: PreTrainedModel) -> tuple[list[tuple[str, int, 
     # The sampler's copies of weights (q, k and v, and gate and up, fused; on a CPU all, laid out for its products), logits
     # of two steps, and a draw's work, of each entry float32 logits, p and two more.
     fused = layers * c.hidden_size * ((c.num_attention_heads + 2 * c.num_key_value_heads) * head_size + 2 * c.intermediate_size)
-    copied, kept = (count, 4 if products.slow(model.dtype, torch.device("cpu")) else size) if cpu else (fused, size)
+    copied, each = (count, 4 if products.slow(model.dtype, torch.device("cpu")) else size) if cpu else (fused, size)
     words = rows * c.vocab_size
-    step = copied * kept + words * 2 * size + min(words, native.CUDA_ENTRIES) * 16
-    part = min(count, max([learner.PART, *(weight.numel() for weight in model.parameters() if sharded)]))
+    step = copied * each + words * 2 * size + min(words, native.CUDA_ENTRIES) * 16
+    uncut = sharded or "muon" in (p.mef.optimizer, p.riel.optimizer)  # weights that the optimiser takes whole
+    at_a_time = min(count, max([learner.PART, *(weight.numel() for weight in model.parameters() if uncut)]))
     at_once = max(1, (p.hardware.micro_batch_tokens - prompt) // answer)
     stay = [
         ("weights", count * size // parts, f"{count:,} parameters x {size} bytes{over}"),
@@ -103,7 +104,7 @@ def memory(p: config.Run, model: PreTrainedModel) -> tuple[list[tuple[str, int, 
     sampling = [
         ("or: sampling", cache, f"KV cache of {rows} rows x ({prompt} + {answer}) tokens x {layers} "
          f"layers x 2 x {c.num_key_value_heads} heads x {head_size} x {exact} bytes"),
-        ("", step, f"{copied:,} weights {'laid out' if cpu else 'fused'} x {kept} bytes; {rows} rows x {c.vocab_size:,} words x 2 x {size} bytes, "
+        ("", step, f"{copied:,} weights {'laid out' if cpu else 'fused'} x {each} bytes; {rows} rows x {c.vocab_size:,} words x 2 x {size} bytes, "
          f"and 16 bytes of at most {native.CUDA_ENTRIES:,} at once"),
     ]  # fmt: skip
     gathered = 0
@@ -121,7 +122,7 @@ def memory(p: config.Run, model: PreTrainedModel) -> tuple[list[tuple[str, int, 
     turns = [
         ("or: a pass", held + gathered, f"forward and backward of {at_once} answers x {answer} tokens to a prompt of {prompt}, "
          f"within 30 %{whole}"),
-        ("or: an update", part * 4 * (1 + half) // parts, f"the optimiser's float32 intermediates and gradients of {part:,} "
+        ("or: an update", at_a_time * 4 * (1 + half) // parts, f"the optimiser's float32 intermediates and gradients of {at_a_time:,} "
          f"weights at a time{over}"),
     ]  # fmt: skip
     largest = max(sum(part[1] for part in sampling), *(part[1] for part in turns))
@@ -133,7 +134,7 @@ def pass_bytes(
 ) -> int:
     """About the most bytes alive at once while a prompt and its answers are trained on, beside weights and gradients.
 
-    Of each token, a layer keeps four vectors as wide as the model, two as its MLP (`lean`), three as its heads, and has two
+    Of each token, a layer keeps four vectors as wide as the model, two as its MLP (`lean`; else four), three as its heads, and has two
     more as its MLP and two of the model's in float32 as it passes; of each answer it keeps keys and values of all it sees
     for all heads, and the attention's mask. The output layer holds a slab of logits, a chunk of it in float32, and its
     weight's gradient: summed in float32 where there are several slabs. With `again` (gradient checkpointing) a layer keeps
@@ -143,7 +144,8 @@ def pass_bytes(
     """
     c, size, heads = model.config, model.dtype.itemsize, model.config.num_attention_heads * _head(model.config)
     tokens, seen = prompt_tokens + answers * answer_tokens, prompt_tokens + answer_tokens
-    layer = tokens * size * (4 * c.hidden_size + 2 * c.intermediate_size + 3 * heads)
+    kept = 2 if packing.packs(model) and c.hidden_act == "silu" else 4
+    layer = tokens * size * (4 * c.hidden_size + kept * c.intermediate_size + 3 * heads)
     passing = tokens * (2 * size * c.intermediate_size + 2 * 4 * c.hidden_size)
     layer += answers * seen * size * (2 * heads + answer_tokens)
     logits = answers * answer_tokens * c.vocab_size * size

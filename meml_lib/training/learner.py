@@ -98,7 +98,7 @@ class Learner:
 
         All processes have it; the moments are taken over, not copied.
 
-        Raises: ValueError if the weights have other names or shapes.
+        Raises: ValueError if weights or moments have other names, or weights other shapes.
         """
         have = {name: tuple(master.shape) for name, master in self._masters.items()}
         if have != {name: tuple(weight.shape) for name, weight in weights.items()}:
@@ -112,10 +112,12 @@ class Learner:
         of_weight: dict[str, dict[str, Tensor]] = {}
         for key, value in moments.items():
             name, _, own = key.rpartition(".")
+            if name not in self._masters:
+                raise ValueError(f"the checkpoint's moments are another model's: {key}")
             of_weight.setdefault(name, {})[own] = sharding.divided(value, like=self._masters[name])
         for optimizer, pieces in self._optimizers:
             held = {
-                n: {own: piece.of(value) if value.ndim else value for own, value in of_weight[piece.name].items()}
+                n: {own: piece.of(value) if value.ndim else value.clone() for own, value in of_weight[piece.name].items()}
                 for n, piece in enumerate(pieces)
                 if piece.name in of_weight
             }
@@ -186,18 +188,22 @@ class Learner:
         return [part.rows[n] for n in kept], weight_N[kept]
 
     def _micro_batches(self, rows: Sequence[Row]) -> list[list[Row]]:
-        """As few as the budget allows, and then as equal as they come: the largest decides what memory a step needs."""
+        """As few as the budget allows, and then as equal as they come without computing a prompt more often: the largest
+        decides what memory a step needs."""
         lengths = [row.tokens for row in rows]
 
         def split(budget: int) -> list[list[int]]:
             return list(packing.trees(rows, budget) if packing.packs(self.policy.model) else micro_batches(lengths, budget))
+
+        def of_prompts(batches: list[list[int]]) -> int:
+            return sum(len(prompt) for batch in batches for prompt in {rows[n].prompt for n in batch})
 
         enough = self.micro_batch_tokens
         batches, below = split(enough), 0
         while len(batches) > 1 and enough - below > max(1, self.micro_batch_tokens // 32):
             middle = (enough + below) // 2
             closer = split(middle)
-            if len(closer) == len(batches):
+            if len(closer) == len(batches) and of_prompts(closer) <= of_prompts(batches):
                 batches, enough = closer, middle
             else:
                 below = middle
@@ -249,7 +255,8 @@ class Learner:
                 if (grad := self._weights[piece.name].grad) is not None:
                     grad = piece.of(grad).float()
                     piece.master.grad = grad if share == 1.0 else grad.mul_(share)
-            optimizer.step()
+            with products.in_float32(torch.bfloat16, self.accelerator.device):  # Muon's, whatever the weights' dtype
+                optimizer.step()
             optimizer.zero_grad()
             with torch.no_grad():
                 for piece in pieces:
