@@ -338,11 +338,11 @@ def too_long(project: Project) -> None:
     computes = "until = time.monotonic() + 3\nwhile time.monotonic() < until: pass"
     project.breaks("print('one')\n" + SLEEPS)
     light.write(project.folder, OVERLAP, *light.NOTEBOOKS[OVERLAP], deaf + computes, *[computes] * 20)
-    limits = ("--set", "hardware.cell_timeout_s=8.5", "--set", "hardware.job_timeout_s=12", "--jobs", "2")
+    limits = ("--set", "hardware.cell_timeout_s=8.5", "--set", "hardware.job_timeout_s=20", "--jobs", "2")
     project.fails(
         r"cell 4 of notebooks/00_experts.ipynb: it ran longer than hardware.cell_timeout_s=8.5, and was ended",
         "\n  its last lines:\n    one",
-        r"cell \d+ of notebooks/01_error_overlap.ipynb: the job ran longer than hardware.job_timeout_s=12, and was",
+        r"cell \d+ of notebooks/01_error_overlap.ipynb: the job ran longer than hardware.job_timeout_s=20, and was",
         "mend the cause or raise it and " + AGAIN,
         jobs=(EXPERTS, OVERLAP),
         options=limits,

@@ -436,6 +436,7 @@ HOSTILE = {name: piece * (MEGABYTE // len(piece)) for name, piece in REPEATED.it
 }
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_megabyte_of_anything_is_read_fast_and_in_little_memory(name):
     text = HOSTILE[name]
@@ -451,6 +452,7 @@ def test_a_megabyte_of_anything_is_read_fast_and_in_little_memory(name):
         assert peak < 8 * 2**20, reader
 
 
+@pytest.mark.alone
 def test_hostile_answers_are_read_fast_in_threads_too():
     def timed(job):
         reader, name = job
