@@ -349,6 +349,7 @@ def test_a_learner_goes_on_to_the_bit(tmp_path, monkeypatch, dtype, optimizer, l
         assert a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
     with pytest.raises(ValueError, match="another model's: 0.3.exp_avg"):  # as moments were named once
         two.restore(weights, {"0.3.exp_avg": torch.zeros(3)}, place)
+    assert all(a.equal(b) for a, b in zip(policy.model.parameters(), other.model.parameters(), strict=True))  # untouched
 
 
 def test_a_checkpoint_of_another_model_is_refused():

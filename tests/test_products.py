@@ -2,15 +2,15 @@
 
 import pytest
 import torch
+from test_dryrun import Bare
 from test_lean import gradients, model_of, plainly
 from test_learner import ADAMW, learner_of, part, rows  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from meml_lib.rollouts import native, products
-from meml_lib.training.policy import Policy, Row
+from meml_lib.training.policy import Row
 
-CPU = torch.device("cpu")
 PROMPTS = [(3, 4, 5), (6, 7)]
 
 
@@ -57,15 +57,10 @@ def test_a_sampler_multiplies_in_float32_and_draws_what_scoring_says(kind, lacki
         options = {"end_ids": (0,), "max_answer_tokens": 6, "rows_per_batch": 2, "temperature": 1.0}
         answers = native.sample(model, PROMPTS, uniform_NT=uniform, **options)
         rows = [Row(prompt, answer.tokens) for prompt, answer in zip(PROMPTS, answers, strict=True)]
-        logp_NT, mask_NT = Policy.score(_Bare(model), rows)
+        logp_NT, mask_NT = Bare(model).score(rows)
     assert len(seen.taken) > 20 and set(seen.taken) == {torch.float32}
     told = torch.tensor([logp for answer in answers for logp in answer.logp])
     assert torch.allclose(told, logp_NT[mask_NT], atol=0.02)
-
-
-class _Bare(Policy):
-    def __init__(self, model):
-        self.model = model
 
 
 def test_an_update_multiplies_in_float32_and_so_does_muon(policy, rows, lacking):

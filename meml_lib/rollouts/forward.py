@@ -12,6 +12,12 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from meml_lib.rollouts import products
 
 
+def _next(model: PreTrainedModel, cache: DynamicCache, **inputs: Tensor) -> Tensor:
+    """The next token's logits [N, V]; what is run joins the cache."""
+    with products.in_float32(model.dtype, model.device):
+        return model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+
+
 def _prefill(model: PreTrainedModel, prompts: Sequence[tuple[int, ...]]) -> tuple[DynamicCache, Tensor, Tensor]:
     """Run P prompts once, padded on the left.
 
@@ -21,15 +27,8 @@ def _prefill(model: PreTrainedModel, prompts: Sequence[tuple[int, ...]]) -> tupl
     mask_PT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     ids_PT = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=model.device)
     cache = DynamicCache(config=model.config)
-    with products.in_float32(model.dtype, model.device):
-        logits_PV = model(
-            input_ids=ids_PT,
-            attention_mask=mask_PT,
-            position_ids=(mask_PT.cumsum(-1) - 1).clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+    positions_PT = (mask_PT.cumsum(-1) - 1).clamp(min=0)
+    logits_PV = _next(model, cache, input_ids=ids_PT, attention_mask=mask_PT, position_ids=positions_PT)
     return cache, logits_PV, mask_PT
 
 
@@ -54,15 +53,13 @@ class Forward:
     def step(self, token_N: Tensor) -> Tensor:
         """Append a token to every row. Returns: the next one's logits [N, V]."""
         self._step += 1
-        with products.in_float32(self._model.dtype, self._model.device):
-            return self._model(
-                input_ids=token_N[:, None],
-                attention_mask=self._mask_NT[:, : self._prompt_tokens + self._step],
-                position_ids=(self._position_N + self._step - 1)[:, None],
-                past_key_values=self._cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
+        return _next(
+            self._model,
+            self._cache,
+            input_ids=token_N[:, None],
+            attention_mask=self._mask_NT[:, : self._prompt_tokens + self._step],
+            position_ids=(self._position_N + self._step - 1)[:, None],
+        )
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows alone."""

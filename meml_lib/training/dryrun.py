@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from meml_lib import config, experts, schema, tasks
 from meml_lib.experts import Expert
 from meml_lib.rollouts import native, products, vllm
-from meml_lib.training import evaluate, head, learner, mef, packing, policy, sharding
+from meml_lib.training import evaluate, head, lean, learner, mef, packing, policy, sharding
 
 PROMPT_TOKENS = 288
 """Assumed length of a prompt; the longest of the public sets' training prompts has 269 tokens of SmolLM2's tokenizer."""
@@ -104,8 +104,8 @@ def memory(p: config.Run, model: PreTrainedModel) -> tuple[list[tuple[str, int, 
     sampling = [
         ("or: sampling", cache, f"KV cache of {rows} rows x ({prompt} + {answer}) tokens x {layers} "
          f"layers x 2 x {c.num_key_value_heads} heads x {head_size} x {exact} bytes"),
-        ("", step, f"{copied:,} weights {'laid out' if cpu else 'fused'} x {each} bytes; {rows} rows x {c.vocab_size:,} words x 2 x {size} bytes, "
-         f"and 16 bytes of at most {native.CUDA_ENTRIES:,} at once"),
+        ("", step, f"{copied:,} weights {'laid out' if cpu else 'fused'} x {each} bytes; "
+         f"{rows} rows x {c.vocab_size:,} words x 2 x {size} bytes, and 16 bytes of at most {native.CUDA_ENTRIES:,} at once"),
     ]  # fmt: skip
     gathered = 0
     if sharded:
@@ -122,8 +122,8 @@ def memory(p: config.Run, model: PreTrainedModel) -> tuple[list[tuple[str, int, 
     turns = [
         ("or: a pass", held + gathered, f"forward and backward of {at_once} answers x {answer} tokens to a prompt of {prompt}, "
          f"within 30 %{whole}"),
-        ("or: an update", at_a_time * 4 * (1 + half) // parts, f"the optimiser's float32 intermediates and gradients of {at_a_time:,} "
-         f"weights at a time{over}"),
+        ("or: an update", at_a_time * 4 * (1 + half) // parts, "the optimiser's float32 intermediates and gradients of "
+         f"{at_a_time:,} weights at a time{over}"),
     ]  # fmt: skip
     largest = max(sum(part[1] for part in sampling), *(part[1] for part in turns))
     return [*(part for part in stay if part[1]), *sampling, *turns], sum(part[1] for part in stay) + largest
@@ -134,17 +134,17 @@ def pass_bytes(
 ) -> int:
     """About the most bytes alive at once while a prompt and its answers are trained on, beside weights and gradients.
 
-    Of each token, a layer keeps four vectors as wide as the model, two as its MLP (`lean`; else four), three as its heads, and has two
-    more as its MLP and two of the model's in float32 as it passes; of each answer it keeps keys and values of all it sees
-    for all heads, and the attention's mask. The output layer holds a slab of logits, a chunk of it in float32, and its
-    weight's gradient: summed in float32 where there are several slabs. With `again` (gradient checkpointing) a layer keeps
-    what comes into it, and one at a time the rest and its gradients. A tied output layer's gradient waits for the
-    embedding's, with `again` also for their sum.
+    Of each token, a layer keeps four vectors as wide as the model, two as its MLP (`lean`; else four), three as its heads,
+    and has two more as its MLP and two of the model's in float32 as it passes; of each answer it keeps keys and values of
+    all it sees for all heads, and the attention's mask. The output layer holds a slab of logits, a chunk of it in float32,
+    and its weight's gradient: summed in float32 where there are several slabs. With `again` (gradient checkpointing) a
+    layer keeps what comes into it, and one at a time the rest and its gradients. A tied output layer's gradient waits for
+    the embedding's, with `again` also for their sum.
     Traced passes of Llama- and Qwen-shaped models differ by 5 %, of very small ones by 30 % (`tests/test_dryrun.py`).
     """
     c, size, heads = model.config, model.dtype.itemsize, model.config.num_attention_heads * _head(model.config)
     tokens, seen = prompt_tokens + answers * answer_tokens, prompt_tokens + answer_tokens
-    kept = 2 if packing.packs(model) and c.hidden_act == "silu" else 4
+    kept = 2 if packing.packs(model) and any(map(lean.is_gated, model.modules())) else 4
     layer = tokens * size * (4 * c.hidden_size + kept * c.intermediate_size + 3 * heads)
     passing = tokens * (2 * size * c.intermediate_size + 2 * 4 * c.hidden_size)
     layer += answers * seen * size * (2 * heads + answer_tokens)

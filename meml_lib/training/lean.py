@@ -27,10 +27,9 @@ def lean(model: PreTrainedModel) -> Iterator[None]:
     checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     changed = []
     for module in model.modules() if packing.packs(model) and not checkpoints else ():
-        kind = type(module).__name__
-        if kind.endswith("RMSNorm"):
+        if type(module).__name__.endswith("RMSNorm"):
             module.forward = partial(_norm, module)
-        elif kind.endswith("MLP") and type(module.act_fn).__name__ in ("SiLU", "SiLUActivation"):
+        elif is_gated(module):
             module.forward = partial(_mlp, module)
         else:
             continue
@@ -40,6 +39,11 @@ def lean(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for module in changed:
             del module.forward
+
+
+def is_gated(module: nn.Module) -> bool:
+    """Whether it is an MLP that `lean` knows."""
+    return type(module).__name__.endswith("MLP") and type(module.act_fn).__name__ in ("SiLU", "SiLUActivation")
 
 
 def _norm(module: nn.Module, x: Tensor) -> Tensor:

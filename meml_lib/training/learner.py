@@ -105,16 +105,16 @@ class Learner:
             odd = sorted(name for name in have.keys() | weights.keys()
                          if name not in have or name not in weights or have[name] != tuple(weights[name].shape))  # fmt: skip
             raise ValueError(f"the checkpoint's weights are another model's: {', '.join(odd[:3])} ({len(odd)} differ)")
-        with torch.no_grad():
-            for name, master in self._masters.items():
-                sharding.local(master).copy_(sharding.local(sharding.divided(weights[name], like=master)))
-                self._weights[name].copy_(master)
         of_weight: dict[str, dict[str, Tensor]] = {}
         for key, value in moments.items():
             name, _, own = key.rpartition(".")
             if name not in self._masters:
                 raise ValueError(f"the checkpoint's moments are another model's: {key}")
             of_weight.setdefault(name, {})[own] = sharding.divided(value, like=self._masters[name])
+        with torch.no_grad():
+            for name, master in self._masters.items():
+                sharding.local(master).copy_(sharding.local(sharding.divided(weights[name], like=master)))
+                self._weights[name].copy_(master)
         for optimizer, pieces in self._optimizers:
             held = {
                 n: {own: piece.of(value) if value.ndim else value.clone() for own, value in of_weight[piece.name].items()}
