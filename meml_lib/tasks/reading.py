@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from itertools import chain
 
 MARKS = (
     re.compile(r"(?:^[ \t]*+|[.?!] )A:|\b[Aa]nswer(?:\*\*)?:(?=[\s*]*+[-\u2212\\$\u20ac\u00a3\d])", re.MULTILINE),
@@ -219,9 +220,11 @@ def _concluded(text: str) -> str | None:
     numbers = list(_NUMBER.finditer(bold[-1] if bold else last))
     given = _NUMBER.search(text[text.rfind("=") + 1 :][:40]) if "=" in text else None
     result = given and _exact(given)
-    same = [found for found in numbers if result and (_exact(found) or "").lstrip("-") == result.lstrip("-")]
-    chosen = same or [found for found in numbers if found["money"]] or numbers
-    return _exact(chosen[-1]) if chosen else None
+    latest = numbers[::-1]
+    same = (found for found in latest if result and (_exact(found) or "").lstrip("-") == result.lstrip("-"))
+    money = (found for found in latest if found["money"])
+    chosen = next(chain(same, money, latest), None)
+    return _exact(chosen) if chosen else None
 
 
 def _exact(found: re.Match[str]) -> str | None:
