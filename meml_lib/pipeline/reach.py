@@ -31,7 +31,10 @@ def code_of(source: str, skip: Container[str] = ()) -> dict[str, str]:
     """
     body = ast.parse(source).body
     found: dict[str, str] = {}
-    waiting, followed = _loads(body, _OURS, _OURS) | set(_named(body, imports(body))), set()
+    waiting, followed = _loads(body, _OURS, _OURS), set()
+    paths = imports(body)
+    for statement in map(_Statement, body):
+        waiting |= statement.named(paths)
     while waiting:
         followed.add(path := waiting.pop())
         for module, name in _at(path):
@@ -49,47 +52,77 @@ def normalised(source: str) -> str:
     """Code without comments, layout, docstrings and documented fields: what decides its results."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):
-            kept = [part for part in body if not (isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant))]
-            node.body = kept or [ast.Pass()]
+        _drop_texts(node)
     return ast.unparse(tree)
+
+
+def _drop_texts(node: ast.AST) -> None:
+    body = getattr(node, "body", None)
+    if isinstance(body, list):
+        kept = [part for part in body if not (isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant))]
+        node.body = kept or [ast.Pass()]
+
+
+class _Statement:
+    """A statement without its docstrings: what it imports, names and says, found in one walk."""
+
+    def __init__(self, node: ast.stmt):
+        self.node, self.imports, self.texts = node, [], set()
+        self._chains: set[tuple[str, ...]] = set()
+        waiting: list[ast.AST] = [node]
+        while waiting:
+            start, chain = waiting.pop(), []
+            while isinstance(start, ast.Attribute):
+                chain.append(start.attr)
+                start = start.value
+            if isinstance(start, ast.Name):
+                self._chains.add((start.id, *reversed(chain)))
+            elif isinstance(start, ast.Constant):
+                self.texts |= {start.value} if isinstance(start.value, str) else set()
+            elif isinstance(start, ast.Import | ast.ImportFrom):
+                self.imports.append(start)
+            else:
+                _drop_texts(start)
+                waiting += ast.iter_child_nodes(start)
+
+    def named(self, paths: Mapping[str, set[str]]) -> set[str]:
+        """Dotted paths of all that it names; paths: name -> dotted paths of what it may stand for."""
+        return {".".join([path, *chain]) for name, *chain in self._chains for path in paths.get(name, ())}
 
 
 class _Module:
     """A module's definitions, what each is made of and what it names."""
 
     def __init__(self, name: str, file: Path):
-        self.name, self.place, self._folder = name, str(file.relative_to(PACKAGE)), file.parent
+        self.name, self.place = name, str(file.relative_to(PACKAGE))
         self._package = name if file.name == "__init__.py" else name.rpartition(".")[0]
         body = ast.parse(file.read_text(encoding="utf-8")).body
-        self.imports = imports(body, self._package)
+        parts = [_Statement(node) for node in body]
+        self.imports = _bound((node for part in parts for node in part.imports), self._package)
         self.loads = _loads(body, name, self._package)
-        self.statements: dict[str, list[ast.stmt]] = {}
-        ours = {defined for statement in body for defined in _defined(statement)} | {*self.imports}
-        for statement in body:
-            decorated = (node for part in getattr(statement, "decorator_list", []) for node in ast.walk(part))
+        self.statements: dict[str, list[_Statement]] = {}
+        self._beside = {beside.name: beside for beside in file.parent.iterdir() if beside.is_file()}
+        ours = {defined for node in body for defined in _defined(node)} | {*self.imports}
+        for part in parts:
+            decorated = (node for top in getattr(part.node, "decorator_list", []) for node in ast.walk(top))
             registered = any(isinstance(node, ast.Name) and node.id in ours for node in decorated)
-            for defined in (*_defined(statement), *[_REST] * registered):  # others may find it without its name
-                self.statements.setdefault(defined, []).append(statement)
-        self.hashed, self.named, self.files = cache(self._hashed), cache(self._named), cache(self._files)
+            for defined in (*_defined(part.node), *[_REST] * registered):  # others may find it without its name
+                self.statements.setdefault(defined, []).append(part)
+        self._paths = {"globals": {name}} | {other: {f"{name}.{other}"} for other in self.statements}
+        for other, imported in self.imports.items():  # beside: a function may import by a name defined here
+            self._paths[other] = self._paths.get(other, set()) | imported
+        self.hashed, self.named = cache(self._hashed), cache(self._named)
 
     def _hashed(self, name: str) -> str:
-        own = normalised("\n".join(map(ast.unparse, self.statements[name])))
+        own = "\n".join(ast.unparse(part.node) for part in self.statements[name])
         return hashlib.sha256(own.encode()).hexdigest()[:16]
 
     def _named(self, name: str) -> set[str]:
-        own = self.statements[name]
-        paths = {"globals": {self.name}} | {other: {f"{self.name}.{other}"} for other in self.statements}
-        for other, imported in self.imports.items():  # beside: a function may import by a name defined here
-            paths[other] = paths.get(other, set()) | imported
-        return set(_named(own, paths))
+        return set().union(*(part.named(self._paths) for part in self.statements[name]))
 
-    def _files(self, name: str) -> list[Path]:
-        nodes = (node for statement in self.statements[name] for node in ast.walk(statement))
-        texts = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-        beside = {file.name: file for file in self._folder.iterdir() if file.is_file()}
-        return [file for text, file in beside.items() if text in texts]
+    def files(self, name: str) -> list[Path]:
+        """Files beside the module that a definition names."""
+        return [self._beside[text] for part in self.statements[name] for text in part.texts & self._beside.keys()]
 
 
 @cache
@@ -140,7 +173,7 @@ def _defined(statement: ast.stmt) -> Iterator[str]:
 
 def _loads(body: list[ast.stmt], module: str, package: str) -> set[str]:
     """Dotted paths of what runs while a module is loaded: its own statements, those of its packages and its imports."""
-    paths = {module}.union(*imports([part for part in body if isinstance(part, ast.ImportFrom)], package).values())
+    paths = {module}.union(*_bound((part for part in body if isinstance(part, ast.ImportFrom)), package).values())
     paths |= {alias.name for part in body if isinstance(part, ast.Import) for alias in part.names}
     parts = [path.split(".") for path in paths]
     above = {".".join(own[:length]) for own in parts for length in range(1, len(own) + 1)}
@@ -149,8 +182,12 @@ def _loads(body: list[ast.stmt], module: str, package: str) -> set[str]:
 
 def imports(statements: Iterable[ast.stmt], package: str = _OURS) -> dict[str, set[str]]:
     """Name -> dotted paths of what these statements import from meml_lib as it, at their top or inside functions."""
+    return _bound((node for statement in statements for node in ast.walk(statement)), package)
+
+
+def _bound(nodes: Iterable[ast.AST], package: str) -> dict[str, set[str]]:
     found = defaultdict(set)
-    for node in (node for statement in statements for node in ast.walk(statement)):
+    for node in nodes:
         if isinstance(node, ast.Import):
             for alias in node.names:  # `import a.b` binds a
                 path = alias.name if alias.asname else alias.name.split(".")[0]
@@ -162,15 +199,3 @@ def imports(statements: Iterable[ast.stmt], package: str = _OURS) -> dict[str, s
     ours = {name: {path for path in paths if path.split(".")[0] == _OURS} for name, paths in found.items()}
     return {name: paths for name, paths in ours.items() if paths}
 
-
-def _named(statements: Iterable[ast.stmt], paths: Mapping[str, set[str]]) -> Iterator[str]:
-    """Dotted paths of all that these statements name; paths: name -> dotted paths of what it may stand for."""
-    waiting: list[ast.AST] = list(statements)
-    while waiting:
-        start, chain = waiting.pop(), []
-        while isinstance(start, ast.Attribute):
-            chain.insert(0, start.attr)
-            start = start.value
-        if isinstance(start, ast.Name):
-            yield from (".".join([path, *chain]) for path in paths.get(start.id, ()))
-        waiting += ast.iter_child_nodes(start)
