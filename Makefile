@@ -5,9 +5,10 @@
 # make vllm      a second environment, .venv-vllm, for sampling.engine=vllm on a CPU (about 4 GB)
 # make clean     remove .venv and caches; reports/ stays
 # Set-up happens once, into .venv. Another Python: make PYTHON=python3.12 demo
+# An old pip is slow; packages compile when first imported, which costs less than compiling all of them.
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
 INSTALLED := .venv/installed
 SMOLLM2 := .venv/smollm2
 
@@ -30,7 +31,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  { echo "$(PYTHON) is older than Python 3.11; name another: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@echo "Setting up .venv with the packages of constraints.txt: once, a few minutes, about 2 GB ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(PIP) --editable '.[dev]' > .venv/install.log 2>&1 || { tail -n 20 .venv/install.log; exit 1; }
+	@{ $(PIP) --upgrade pip && $(PIP) --editable '.[dev]'; } > .venv/install.log 2>&1 || { tail -n 20 .venv/install.log; exit 1; }
 	@touch $@
 	@echo "Ready: $$($(BIN)/python --version) in .venv, torch $$($(BIN)/python -c 'from importlib.metadata import version; print(version("torch"))')"
 
