@@ -1,60 +1,87 @@
-"""The decode step's own kernels against plain torch: on a GPU, or where Triton is installed alone, by its interpreter (which
-needs a numpy before 2.4)."""
+"""The decode step's own loops against plain torch: in C, and Triton's on a GPU or, where Triton is installed alone, by its
+interpreter (which needs a numpy before 2.4)."""
 
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
 
+from meml_lib.rollouts import cpu, native
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
-pytest.importorskip("triton")
-
-from meml_lib.rollouts import kernels, native
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(6, 2, 64), (9, 3, 64), (4, 4, 8), (12, 2, 80)])
-@pytest.mark.parametrize("at", [0, 1, 64, 79])
-def test_a_token_attends_to_its_prompt_its_answer_and_itself(heads, kv_heads, size, at):
+@pytest.fixture(params=["c", pytest.param("triton", marks=pytest.mark.skipif(not find_spec("triton"), reason="no Triton"))])
+def loops(request):
+    """The module, and the device that its tensors are on."""
+    if request.param == "c":
+        return cpu, "cpu"
+    from meml_lib.rollouts import kernels
+
+    return kernels, DEVICE
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(6, 2, 64), (9, 3, 64), (4, 4, 8), (12, 2, 80), (3, 1, 20), (2, 2, 6)])
+@pytest.mark.parametrize("at", [0, 1, 64, 78])
+def test_a_token_attends_to_its_prompt_its_answer_and_itself(loops, heads, kv_heads, size, at):
+    module, device = loops
     torch.manual_seed(at)
-    rows, longest, room, group = 5, 70, 80, heads // kv_heads
-    qkv = torch.randn(rows, kv_heads, group + 2, size, device=DEVICE)
-    turn_N = torch.polar(torch.ones(rows, size // 2), torch.randn(rows, size // 2)).to(DEVICE)
-    prompt_k, prompt_v = torch.randn(2, 2 * kv_heads, longest, size, device=DEVICE)
-    own_k, own_v = torch.randn(2, rows * kv_heads, room, size, device=DEVICE)
-    prompt_of_row_N, length_P = torch.tensor([0, 1, 1, 0, 1], device=DEVICE), torch.tensor([70, 13], device=DEVICE)
-    before_k, before_v = own_k.clone(), own_v.clone()
-    out = kernels.attend(
-        qkv, turn_N, (prompt_k, prompt_v), (own_k, own_v), prompt_of_row_N, length_P, torch.tensor([at], device=DEVICE)
-    )
+    rows, longest, room, group = 5, 70, 79, heads // kv_heads
+    qkv = torch.randn(rows, kv_heads, group + 2, size, device=device)
+    turn_N = torch.polar(torch.ones(rows, size // 2), torch.randn(rows, size // 2)).to(device)
+    prompt_k, prompt_v = torch.randn(2, 2 * kv_heads, longest, size, device=device)
+    own_k, own_v = torch.randn(2, rows * kv_heads, room, size, device=device)
+    prompt_of_row_N, length_P = torch.tensor([0, 1, 1, 0, 1], device=device), torch.tensor([70, 13], device=device)
+    if module is cpu:
+        prompt, own = cpu.prompts_cache(prompt_k, prompt_v), cpu.prompts_cache(own_k, own_v)
+        assert [x.shape for x in own] == [x.shape for x in cpu.answers_cache(rows * kv_heads, room, size)]
+    else:
+        prompt, own = (prompt_k, prompt_v), (own_k.clone(), own_v.clone())
+    out = module.attend(qkv, turn_N, prompt, own, prompt_of_row_N, length_P, torch.tensor([at], device=device))
     turned = torch.view_as_real(torch.view_as_complex(qkv.unflatten(-1, (-1, 2))) * turn_N[:, None, None]).flatten(-2)
     q, k, v = turned[:, :, :-2], turned[:, :, -2], qkv[:, :, -1]
     for n, p in enumerate(prompt_of_row_N.tolist()):
         for h in range(heads):
-            asked, own = p * kv_heads + h // group, n * kv_heads + h // group
-            keys = torch.cat([prompt_k[asked, : length_P[p]], before_k[own, :at], k[n, h // group][None]])
-            values = torch.cat([prompt_v[asked, : length_P[p]], before_v[own, :at], v[n, h // group][None]])
-            expected = (keys @ q[n, h // group, h % group]).softmax(0) @ values
-            torch.testing.assert_close(out[n, h // group, h % group], expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(own_k.view(rows, kv_heads, room, size)[:, :, at], k)
-    assert own_v.view(rows, kv_heads, room, size)[:, :, at].equal(v)
-    for kept, was in ((own_k, before_k), (own_v, before_v)):
+            asked, mine = p * kv_heads + h // group, n * kv_heads + h // group
+            keys = torch.cat([prompt_k[asked, : length_P[p]], own_k[mine, :at], k[n, h // group][None]])
+            values = torch.cat([prompt_v[asked, : length_P[p]], own_v[mine, :at], v[n, h // group][None]])
+            expected = (keys.double() @ q[n, h // group, h % group].double()).softmax(0) @ values.double()
+            torch.testing.assert_close(out[n, h // group, h % group], expected.float(), atol=2e-5, rtol=2e-5)
+    if module is cpu:
+        own = own[0].mT.flatten(1, 2)[:, :room], own[1][:, :room, :size]
+    torch.testing.assert_close(own[0].reshape(rows, kv_heads, room, size)[:, :, at], k)
+    assert own[1].reshape(rows, kv_heads, room, size)[:, :, at].equal(v)
+    for kept, was in zip(own, (own_k, own_v), strict=True):
         assert kept[:, :at].equal(was[:, :at]) and kept[:, at + 1 :].equal(was[:, at + 1 :])
+
+
+def test_scores_far_apart_leave_the_largest_alone():
+    qkv = 100 * torch.randn(2, 2, 3, 16)
+    turn_N, own = torch.ones(2, 8, dtype=torch.complex64), cpu.answers_cache(4, 8, 16)
+    k, v = torch.randn(2, 2, 5, 16)
+    prompt = cpu.prompts_cache(k, v)
+    out = cpu.attend(qkv, turn_N, prompt, own, torch.zeros(2, dtype=torch.long), torch.tensor([5]), torch.zeros(1))
+    for n, h in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        q, key, value = qkv[n, h]
+        expected = (torch.cat([k[h], key[None]]) @ q).softmax(0) @ torch.cat([v[h], value[None]])
+        torch.testing.assert_close(out[n, h, 0], expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("words", [61, 2048, 5000, 49152])
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.5])
-def test_a_draw_is_the_plain_one(words, temperature):
+def test_a_draw_is_the_plain_one(loops, words, temperature):
+    module, device = loops
     torch.manual_seed(0)
     logits_NV = 4 * torch.randn(48, words)
     logits_NV[3, ::2] = logits_NV[4, 5:] = -torch.inf
     logits_NV[5, : words // 2] = -torch.inf
     uniform_N = torch.rand(48, dtype=torch.float64)
-    uniform_N[0] = 0.0
-    token_N, logp_N, entropy_N = kernels.choose(logits_NV.to(DEVICE), uniform_N.to(DEVICE), temperature)
-    assert token_N.cpu().equal(native.choose(logits_NV, uniform_N, temperature=temperature, top_p=None)[0])
+    uniform_N[0] = uniform_N[5] = 0.0
+    token_N, logp_N, entropy_N = module.choose(logits_NV.to(device), uniform_N.to(device), temperature)
+    assert token_N.cpu().equal(native.draw((logits_NV / temperature).softmax(-1), uniform_N, top_p=None))
     exact_NV = logits_NV.double().log_softmax(-1)
     torch.testing.assert_close(logp_N.cpu().double(), exact_NV.gather(-1, token_N.cpu()[:, None])[:, 0], atol=2e-6, rtol=2e-6)
     entropy = -(exact_NV.exp() * exact_NV.clamp(min=-1e300)).sum(-1)
@@ -62,9 +89,70 @@ def test_a_draw_is_the_plain_one(words, temperature):
 
 
 @pytest.mark.parametrize("words", [61, 5000])
-def test_the_largest_number_draws_a_possible_word(words):
+def test_the_largest_number_draws_a_possible_word(loops, words):
+    module, device = loops
     logits_NV = 4 * torch.randn(64, words)
     logits_NV[:, words // 2 :] = -torch.inf
     almost_1 = torch.full((64,), 1 - 2**-53, dtype=torch.float64)
-    token_N, logp_N, _ = kernels.choose(logits_NV.to(DEVICE), almost_1.to(DEVICE), 1.0)
+    token_N, logp_N, _ = module.choose(logits_NV.to(device), almost_1.to(device), 1.0)
     assert (token_N < words // 2).all() and logp_N.isfinite().all()
+
+
+def test_without_a_temperature_the_likeliest_word_is_chosen():
+    logits_NV = torch.randn(64, 500)
+    logits_NV[0] = 0.0  # of equal ones the first
+    token_N, logp_N, _ = cpu.choose(logits_NV, torch.rand(64, dtype=torch.float64), None)
+    assert token_N.equal(logits_NV.argmax(-1)) and token_N[0] == 0
+    torch.testing.assert_close(logp_N, logits_NV.log_softmax(-1).amax(-1))
+
+
+@pytest.mark.parametrize("shape", [(7, 96), (3, 5, 2, 6), (400, 576)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_is_torchs(shape, dtype):
+    x = (3 * torch.randn(shape)).to(dtype)
+    expected = torch.nn.functional.rms_norm(x.float(), shape[-1:], None, 1e-5).to(dtype)
+    torch.testing.assert_close(cpu.rms_norm(x, 1e-5), expected)
+    aside = torch.cat((x, x), -1)[..., : shape[-1]]  # does not adjoin
+    assert cpu.rms_norm(aside, 1e-5).equal(cpu.rms_norm(x, 1e-5))
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A machine that has compiled nothing yet. Returns: where the compiled loops are kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cpu.library.cache_clear()
+    yield tmp_path / "meml_lib"
+    cpu.library.cache_clear()
+
+
+def test_the_loops_are_compiled_once(machine, monkeypatch):
+    assert cpu.library() is not None
+    [kept] = machine.iterdir()
+    monkeypatch.setenv("CC", "/no/compiler")
+    cpu.library.cache_clear()
+    assert cpu.library() is not None and [*machine.iterdir()] == [kept]
+
+
+def test_a_compiler_without_openmp_will_do(machine, monkeypatch, tmp_path):
+    compiler = tmp_path / "cc"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *fopenmp*|*native*) echo no such thing >&2; exit 1; esac\nexec cc "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    x = torch.randn(5, 40)
+    torch.testing.assert_close(cpu.rms_norm(x, 1e-5), torch.nn.functional.rms_norm(x, (40,), None, 1e-5))
+
+
+def test_without_a_compiler_transformers_answers_and_says_why(machine, monkeypatch, policy):
+    def answers():
+        uniform_NT = torch.rand(2, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64).numpy()
+        limits = {"max_answer_tokens": 12, "rows_per_batch": 9, "temperature": 1.0, "end_ids": policy.end_ids}
+        return native.sample(policy.model, [(3, 4, 5), (6, 7)], uniform_NT=uniform_NT, **limits)
+
+    policy.model.eval()
+    compiled = answers()
+    monkeypatch.setenv("CC", "/no/compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(machine / "elsewhere"))
+    cpu.library.cache_clear()
+    with pytest.warns(UserWarning, match="/no/compiler"):
+        plain = answers()
+    assert [rollout.tokens for rollout in plain] == [rollout.tokens for rollout in compiled]

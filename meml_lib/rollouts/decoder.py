@@ -3,8 +3,8 @@
 What it saves over a model's own forward pass, in which a step of few tokens is mostly overhead:
 - q, k and v are one product, gate and up another, with the norm's weights and attention's scale in their matrices; large
   matrices are laid out for the CPU once, not at every product.
-- The keys of a prompt are kept once for all its rollouts, whose queries meet them in one product.
-- An answer's keys are written in place; attention is products and a softmax in float32, on CUDA one kernel (`kernels`).
+- The keys of a prompt are kept once for all its rollouts.
+- An answer's keys are written in place; attention, norms and draws are compiled loops (`kernels` on CUDA, `cpu`).
 - On CUDA a step is one captured graph, the same for all tokens of an answer.
 """
 
@@ -13,13 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from meml_lib.rollouts import products
+from meml_lib.rollouts import cpu, products
 
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _ROPES = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on how long the text is
@@ -29,6 +28,8 @@ _AMX_SLOW = range(17, 33)  # rows; oneDNN's AMX kernels take 1.2 to 1.5 times as
 
 def fits(model: PreTrainedModel, positions: int) -> bool:
     """Whether `Weights` can decode this model over so many positions; else `forward.Forward` does."""
+    if model.device.type != "cuda" and cpu.library() is None:
+        return False
     base, config = _base(model), model.config
     window = getattr(config, "sliding_window", None)
     if config.model_type not in _FAMILIES or config.rope_parameters["rope_type"] not in _ROPES:
@@ -66,7 +67,7 @@ class Weights:
         self.head_size, self.scale = attention.head_dim, attention.scaling
         self.heads, self.kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
         self.act, norm = base.model.layers[0].mlp.act_fn, base.model.norm
-        self._norm, self._head_norm = (_Norm(n, norm.variance_epsilon, model.device) for n in (norm.weight.numel(), self.head_size))
+        self._epsilon = norm.variance_epsilon
         self.shared = self.heads // self.kv_heads
         # Rotary embedding turns the pairs (i, i + half). Side by side they are complex numbers, turned in one product.
         self._pairs = torch.arange(self.head_size, device=model.device).view(2, -1).T.flatten()
@@ -76,20 +77,18 @@ class Weights:
         self._order = torch.cat((q, k[:, None, self._pairs], v[:, None]), dim=1).flatten()
         self.rotary = base.model.rotary_emb
         self.embedding, self.head = base.model.embed_tokens.weight, _linear(base.lm_head)
-        self._final = norm.weight.float() * self._norm.left
+        self._final = norm.weight.float()
         self.layers = [self._layer(layer) for layer in base.model.layers]
 
     def _layer(self, layer: nn.Module) -> _Layer:
         attention, mlp, qk_norm, scale_R = layer.self_attn, layer.mlp, None, None
         if hasattr(attention, "q_norm"):
-            q, k = (norm.weight[self._pairs] * self._head_norm.left for norm in (attention.q_norm, attention.k_norm))
+            q, k = (norm.weight[self._pairs] for norm in (attention.q_norm, attention.k_norm))
             qk_norm = torch.cat(((q * self.scale).expand(self.shared, -1), k[None]))
         else:
             scale_R = torch.ones(len(self._order), device=self._order.device)
             scale_R[: self.heads * self.head_size] = self.scale
-        before, between = (
-            norm.weight.float() * self._norm.left for norm in (layer.input_layernorm, layer.post_attention_layernorm)
-        )
+        before, between = (norm.weight.float() for norm in (layer.input_layernorm, layer.post_attention_layernorm))
         return _Layer(
             _linear(*_qkv(attention), order=self._order, columns=before, rows=scale_R),
             qk_norm,
@@ -105,11 +104,15 @@ class Weights:
         for i, layer in enumerate(self.layers):
             qkv = layer.qkv(self._norm(x)).view(shape)
             if layer.qk_norm is not None:
-                qkv[:, :, :-1] = self._head_norm(qkv[:, :, :-1]) * layer.qk_norm
+                qkv[:, :, :-1] = self._norm(qkv[:, :, :-1]) * layer.qk_norm
             x += layer.out(attend(i, qkv).reshape(rows, -1))
             gate, up = layer.gate_up(self._norm(x)).chunk(2, dim=-1)
             x += layer.down(self.act(gate).mul_(up))
         return x
+
+    def _norm(self, x: Tensor) -> Tensor:
+        """RMSNorm, without its weight."""
+        return F.rms_norm(x, x.shape[-1:], None, self._epsilon) if x.is_cuda else cpu.rms_norm(x, self._epsilon)
 
     def turned(self, qkv: Tensor, turn_N: Tensor) -> Tensor:
         """Queries and keys at their positions, and values, float32; in place where they are. Args: turn_N: complex [N, size / 2]."""
@@ -132,7 +135,6 @@ class Decoder:
     def __init__(self, weights: Weights, prompts: Sequence[tuple[int, ...]], prompt_of_row: list[int], room: int):
         self._w, self._step = weights, 0
         device, size = weights.embedding.device, weights.head_size
-        # A CPU's products in bfloat16 copy what does not adjoin, such as a cache's first tokens: that is slower.
         self._dtype = weights.embedding.dtype if device.type == "cuda" else torch.float32
         positions = torch.arange(max(map(len, prompts)) + room, device=device)[None]
         cos, sin = (table[0, :, : size // 2].float() for table in weights.rotary(weights.embedding, positions))
@@ -142,75 +144,50 @@ class Decoder:
         self.logits_NV = self._prefill(prompts)[rows_N]
         """The first token's."""
         self._position_N, self._at = self._length_P[rows_N], torch.zeros(1, dtype=torch.long, device=device)
-        shape = 2, len(prompt_of_row) * weights.kv_heads, room, size
-        self._own = [tuple(torch.empty(shape, dtype=self._dtype, device=device)) for _ in weights.layers]
-        self._arrange(prompt_of_row)
+        self._prompt_of_row_N, self._graph = rows_N, None
+        shape = len(prompt_of_row) * weights.kv_heads, room, size
+        self._own = [self._reserved(*shape) for _ in weights.layers]
+        """Of each layer the answers' keys and values, as the prompts' are kept."""
+
+    def _reserved(self, *shape: int) -> tuple[Tensor, ...]:
+        if self._length_P.is_cuda:
+            return tuple(torch.empty(2, *shape, dtype=self._dtype, device=self._length_P.device))
+        return cpu.answers_cache(*shape)
 
     def _prefill(self, prompts: Sequence[tuple[int, ...]]) -> Tensor:
         """Run the prompts, padded on the right, and keep their keys and values. Returns: the next token's logits [P, V]."""
         w, length_P, width = self._w, self._length_P, max(map(len, prompts))
         batch = len(prompts), width
         self._prompts = []
-        """Of each layer keys [P * kv heads, T, size], on a CPU [P * kv heads, size, T], and values [P * kv heads, T, size]."""
+        """Of each layer keys and values [P * kv heads, T, size], on a CPU as `cpu.prompts_cache` lays them out."""
 
         def attend(_: int, qkv: Tensor) -> Tensor:
             qkv = w.turned(qkv, turn_N).to(self._dtype)
             qkv = qkv.unflatten(0, batch).permute(0, 2, 3, 1, 4)  # [P, kv heads, R + 2, T, size]
             q, k, v = (x.contiguous() for x in (qkv[:, :, :-2].flatten(1, 2), qkv[:, :, -2], qkv[:, :, -1]))
-            kept = k if k.is_cuda else k.mT.contiguous()
-            self._prompts.append((kept.flatten(0, 1), v.flatten(0, 1)))
+            kept = k.flatten(0, 1), v.flatten(0, 1)
+            self._prompts.append(kept if k.is_cuda else cpu.prompts_cache(*kept))
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=w.shared > 1)
             return out.transpose(1, 2).to(w.embedding.dtype)
 
         ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=length_P.device)
         turn_N = self._turns_T[:width].repeat(len(prompts), 1)
         x = w.hidden(ids.flatten(), attend)
-        outside_PT = torch.arange(width, device=length_P.device) >= length_P[:, None]
-        bias_PT = torch.zeros(batch, dtype=self._dtype, device=x.device).masked_fill_(outside_PT, -torch.inf)
-        self._bias = bias_PT.repeat_interleave(w.kv_heads, 0)[:, None]
         return w.logits(x.unflatten(0, batch)[torch.arange(len(prompts), device=x.device), length_P - 1])
-
-    def _arrange(self, prompt_of_row: list[int]) -> None:
-        """Note whose answer each row is, and in which order their keys and values are kept: as they come, on a CPU a prompt's
-        rows side by side, head after head. There every prompt has as many slots as the most rows that one of them has."""
-        self._prompt_of_row, self._graph = prompt_of_row, None
-        device, heads = self._length_P.device, range(self._w.kv_heads)
-        self._prompt_of_row_N = torch.tensor(prompt_of_row, device=device)
-        kept = [(p, h, n) for n, p in enumerate(prompt_of_row) for h in heads]
-        kept = kept if device.type == "cuda" else sorted(kept)
-        self._kept = torch.tensor([n * len(heads) + h for _, h, n in kept], device=device)
-        self._place = self._kept.argsort()
-        """Where each row's and head's own keys and values are."""
-        rows_P = np.bincount(prompt_of_row)
-        self._slots = int(rows_P.max())
-        self._to_slot = self._from_slot = None
-        if self._slots * len(rows_P) > len(prompt_of_row):
-            rows_L = rows_P.repeat(len(heads))[:, None]  # of each prompt and head
-            slot = np.arange(self._slots)
-            to_slot = (rows_L.cumsum() - rows_L[:, 0])[:, None] + slot.clip(max=rows_L - 1)  # a spare one: the last row's
-            from_slot = np.flatnonzero(slot < rows_L)
-            self._to_slot, self._from_slot = (torch.from_numpy(x).to(device) for x in (to_slot.ravel(), from_slot))
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows alone."""
-        self._position_N, heads = self._position_N[rows], self._w.kv_heads
-        prompt_of_row, place = [self._prompt_of_row[n] for n in rows.tolist()], self._place.view(-1, heads)[rows].flatten()
-        asked = sorted(set(prompt_of_row))
-        if len(asked) <= max(self._prompt_of_row):
-            at = torch.tensor(asked, device=rows.device)
-            of_heads = (at[:, None] * heads + torch.arange(heads, device=rows.device)).flatten()
-            self._prompts = [(k[of_heads], v[of_heads]) for k, v in self._prompts]
-            self._bias, self._length_P = self._bias[of_heads], self._length_P[at]
-        self._arrange([asked.index(p) for p in prompt_of_row])
-        place = place[self._kept]
-        self._own = [(k[place], v[place]) for k, v in self._own]
+        self._position_N, self._prompt_of_row_N, self._graph = self._position_N[rows], self._prompt_of_row_N[rows], None
+        heads = torch.arange(self._w.kv_heads, device=rows.device)
+        kept = (rows[:, None] * len(heads) + heads).flatten()
+        self._own = [(k[kept], v[kept]) for k, v in self._own]
 
     def step(self, token_N: Tensor) -> Tensor:
         """Append a token to every row. Returns: the next one's logits [N, V], which the step after may overwrite."""
         self._at.fill_(self._step)
         self._step += 1
         if token_N.device.type != "cuda":
-            return self._forward(token_N, self._products)
+            return self._forward(token_N)
         if self._graph is None:
             self._capture(token_N)
         self._token_N.copy_(token_N)
@@ -223,63 +200,24 @@ class Decoder:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # once before recording: kernels are compiled, libraries have their workspaces
-            self._forward(self._token_N, self._kernel)
+            self._forward(self._token_N)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            self._logits_NV = self._forward(self._token_N, self._kernel)
+            self._logits_NV = self._forward(self._token_N)
 
-    def _forward(self, token_N: Tensor, attend: Attend) -> Tensor:
+    def _forward(self, token_N: Tensor) -> Tensor:
         """Append token number `at`. Doing it twice is harmless."""
         self._turn_N = self._turns_T[self._position_N + self._at]
-        return self._w.logits(self._w.hidden(token_N, attend))
+        return self._w.logits(self._w.hidden(token_N, self._attend))
 
-    def _kernel(self, i: int, qkv: Tensor) -> Tensor:
-        from meml_lib.rollouts import kernels
-
+    def _attend(self, i: int, qkv: Tensor) -> Tensor:
+        if qkv.is_cuda:
+            from meml_lib.rollouts import kernels as loops
+        else:
+            loops = cpu
         rows = self._prompt_of_row_N, self._length_P
-        return kernels.attend(qkv, self._turn_N, self._prompts[i], self._own[i], *rows, self._at)
-
-    def _products(self, i: int, qkv: Tensor) -> Tensor:
-        (prompt_k, prompt_v), (own_k, own_v) = self._prompts[i], self._own[i]
-        qkv = self._w.turned(qkv, self._turn_N).flatten(0, 1).index_select(0, self._kept)
-        q = qkv[:, :-2]
-        own_k[:, self._step - 1], own_v[:, self._step - 1] = qkv[:, -2], qkv[:, -1]
-        near = q @ own_k[:, : self._step].mT
-        far = torch.baddbmm(self._bias, self._by_prompt(q), prompt_k)
-        p = torch.cat((self._by_row(far), near), dim=-1).softmax(-1)
-        far, near = p.split((prompt_v.shape[1], self._step), dim=-1)
-        out = torch.baddbmm(self._by_row(self._by_prompt(far) @ prompt_v), near, own_v[:, : self._step])
-        return out.index_select(0, self._place).to(self._w.embedding.dtype)
-
-    def _by_prompt(self, x: Tensor) -> Tensor:
-        """[kept, R, c] to [prompts * kv heads, slots * R, c]."""
-        x = x if self._to_slot is None else x.index_select(0, self._to_slot)
-        return x.reshape(-1, self._slots * x.shape[1], x.shape[2])
-
-    def _by_row(self, x: Tensor) -> Tensor:
-        """The inverse of `_by_prompt`."""
-        x = x.view(-1, self._w.shared, x.shape[2])
-        return x if self._from_slot is None else x.index_select(0, self._from_slot)
-
-
-class _Norm:
-    """RMSNorm without its weight and, where that is faster, over a root of its width; in x's dtype.
-
-    x / rms(x) is sqrt(width) x / hypot(|x|, sqrt(width eps)), and the first root may as well be in the matrix that follows.
-    """
-
-    def __init__(self, width: int, epsilon: float, device: torch.device):
-        self._shape, self._epsilon, self._fused = (width,), epsilon, device.type == "cuda"
-        self._floor = torch.tensor(width * epsilon, device=device).sqrt()
-        self.left = 1.0 if self._fused else width**0.5
-        """What is left to multiply by."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self._fused:
-            return F.rms_norm(x, self._shape, None, self._epsilon)
-        exact = x.float()
-        return (exact / torch.linalg.vector_norm(exact, dim=-1, keepdim=True).hypot_(self._floor)).to(x.dtype)
+        return loops.attend(qkv, self._turn_N, self._prompts[i], self._own[i], *rows, self._at)
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------

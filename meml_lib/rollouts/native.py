@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from meml_lib.rollouts import Rollout, check, decoder
+from meml_lib.rollouts import Rollout, check, cpu, decoder
 from meml_lib.rollouts.forward import Forward
 
 # CUDA's rows are looked at rarely, since looking is waiting, and leave rarely, since a graph is then recorded anew.
@@ -120,10 +120,13 @@ def choose(
       temperature: > 0, or None for the most likely token. top_p: see `draw`.
     Returns: [N] token ids; their log-probabilities and the distributions' entropies, in nats.
     """
-    if logits_NV.is_cuda and temperature is not None and top_p in (None, 1.0):
-        from meml_lib.rollouts import kernels
+    if top_p in (None, 1.0):
+        if logits_NV.is_cuda and temperature is not None:
+            from meml_lib.rollouts import kernels
 
-        return kernels.choose(logits_NV, uniform_N, temperature)
+            return kernels.choose(logits_NV, uniform_N, temperature)
+        if not logits_NV.is_cuda and cpu.library() is not None:
+            return cpu.choose(logits_NV, uniform_N, temperature)
     rows = max(1, (CUDA_ENTRIES if logits_NV.is_cuda else ENTRIES) // logits_NV.shape[1])
     chunks = zip(logits_NV.split(rows), uniform_N.split(rows), strict=True)
     told = [_choose(logits_nV.float(), uniform_n, temperature, top_p) for logits_nV, uniform_n in chunks]
