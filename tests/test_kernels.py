@@ -116,6 +116,23 @@ def test_a_norm_is_torchs(shape, dtype):
     assert cpu.rms_norm(aside, 1e-5).equal(cpu.rms_norm(x, 1e-5))
 
 
+@pytest.mark.parametrize("rows", [1, 5, 6, 13, 96])
+@pytest.mark.parametrize(("inputs", "outputs"), [(96, 288), (33, 32), (8, 157), (20, 5)])
+@pytest.mark.parametrize("epsilon", [None, 1e-5])
+def test_a_product_is_torchs_normed_gated_or_added(rows, inputs, outputs, epsilon):
+    x, weight, bias = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
+    normed = x if epsilon is None else torch.nn.functional.rms_norm(x, (inputs,), None, epsilon)
+    expected, into = torch.nn.functional.linear(normed, weight, bias), torch.randn(rows, outputs)
+    product = cpu.Product(weight, bias, epsilon, gated=False)
+    torch.testing.assert_close(product(x), expected, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(product(x, into.clone()), into + expected, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(cpu.Product(weight, None, epsilon, gated=False)(x), expected - bias, atol=1e-4, rtol=1e-5)
+    if outputs % cpu.PANEL == 0:
+        gate, up = expected.chunk(2, dim=-1)
+        gated = cpu.Product(weight, bias, epsilon, gated=True)(x)
+        torch.testing.assert_close(gated, torch.nn.functional.silu(gate) * up, atol=1e-4, rtol=1e-4)
+
+
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
     """A machine that has compiled nothing yet. Returns: where the compiled loops are kept."""

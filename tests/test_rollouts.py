@@ -333,16 +333,19 @@ def test_looking_rarely_changes_nothing(monkeypatch, check, refill):
 
 @pytest.mark.parametrize("amx", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_matrices_laid_out_ahead_give_the_same_products(monkeypatch, dtype, amx):
+def test_products_are_the_same_compiled_laid_out_for_onednn_or_not(monkeypatch, dtype, amx):
     model = make("llama, untied, biases", dtype)
     plain = decoder.Weights(model)
     monkeypatch.setattr(decoder, "_PACK", 0)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
     packed = decoder.Weights(model)
-    for of in (lambda w: w.layers[1].qkv, lambda w: w.layers[1].gate_up, lambda w: w.head):
-        for rows in (1, 7, 17, 32, 96):
-            x = torch.randn(rows, 32, generator=torch.Generator().manual_seed(rows)).to(dtype)
-            torch.testing.assert_close(of(packed)(x), of(plain)(x))
+    for rows in (1, 7, 17, 32, 96):
+        x = torch.randn(rows, 32, generator=torch.Generator().manual_seed(rows)).to(dtype)
+        one, other = (w.layers[1] for w in (packed, plain))
+        for product in ("qkv", "gated"):
+            torch.testing.assert_close(getattr(one, product)(x), getattr(other, product)(x))
+        torch.testing.assert_close(one.down(one.gated(x), x.clone()), other.down(other.gated(x), x.clone()))
+        torch.testing.assert_close(packed.head(x), plain.head(x))
     if dtype is torch.float32:
         agree(model, answers(model))
 

@@ -109,6 +109,62 @@ void rms_norm(const float *x, float *out, int64_t rows, int64_t size, double eps
     }
 }
 
+/* Products take PANEL outputs of ROWS rows at a time, whose sums stay in 12 registers. */
+#define PANEL 16
+#ifdef __AVX512F__
+#define PART 16
+#else
+#define PART 8
+#endif
+#define PARTS (PANEL / PART)
+#define ROWS (12 / PARTS)
+typedef float part __attribute__((vector_size(4 * PART), aligned(4), may_alias));
+
+static inline float silu(float x)
+{
+    const float p = power(x < 0.0f ? x : -x);
+    return (x < 0.0f ? x * p : x) / (1.0f + p);
+}
+
+void product(const float *x, const float *panels, const float *bias, float *out, int64_t rows, int64_t inputs,
+             int64_t outputs, double epsilon, int64_t add, int64_t gated, int64_t threads)
+{
+    const long count = (outputs + PANEL - 1) / PANEL, wide = gated ? outputs / 2 : outputs;
+#pragma omp parallel for num_threads(threads)
+    for (long from = 0; from < rows; from += ROWS) {
+        const long here = rows - from < ROWS ? rows - from : ROWS;
+        float turned[inputs * ROWS], tile[ROWS][PANEL];
+        memset(turned, 0, sizeof turned);
+        for (long r = 0; r < here; r++) {
+            const float *own = x + (from + r) * inputs;
+            float squares = 0.0f;
+#pragma omp simd reduction(+ : squares)
+            for (long k = 0; k < inputs; k++) squares += own[k] * own[k];
+            const float scale = epsilon < 0.0 ? 1.0f : 1.0f / sqrtf(squares / inputs + (float)epsilon);
+            for (long k = 0; k < inputs; k++) turned[k * ROWS + r] = own[k] * scale;
+        }
+        for (long n = 0; n < count; n++) {
+            const float *panel = panels + n * inputs * PANEL;
+            part sum[ROWS][PARTS];
+            for (int r = 0; r < ROWS; r++)
+                for (int j = 0; j < PARTS; j++) sum[r][j] = *(const part *)(bias + n * PANEL + j * PART);
+            for (long k = 0; k < inputs; k++)
+                for (int r = 0; r < ROWS; r++)
+                    for (int j = 0; j < PARTS; j++)
+                        sum[r][j] += turned[k * ROWS + r] * *(const part *)(panel + k * PANEL + j * PART);
+            memcpy(tile, sum, sizeof tile);
+            for (long r = 0; r < here; r++) {
+                float *y = out + (from + r) * wide + n * (gated ? PANEL / 2 : PANEL);
+                const long columns = outputs - n * PANEL < PANEL ? outputs - n * PANEL : PANEL;
+                if (gated)
+                    for (int c = 0; c < PANEL / 2; c++) y[c] = silu(tile[r][c]) * tile[r][c + PANEL / 2];
+                else
+                    for (long c = 0; c < columns; c++) y[c] = tile[r][c] + (add ? y[c] : 0.0f);
+            }
+        }
+    }
+}
+
 #define BLOCK 64 /* words whose probabilities are summed before one of the blocks, then one of its words is drawn */
 
 /* The first word that takes the sum of probabilities above the target; where rounding leaves none, the last possible. */

@@ -22,7 +22,7 @@ from torch import Tensor
 from meml_lib import runs
 
 _SOURCE = Path(__file__).with_name("cpu.c")
-_LANES = 8
+_LANES, PANEL = 8, 16  # as in cpu.c
 _SETTINGS = (("-march=native", "-fopenmp"), ("-march=native", "-fopenmp-simd"), ("-fopenmp-simd",), ())
 """Tried in this order: a compiler may know no OpenMP, torch bring none, or a processor have no name."""
 
@@ -30,6 +30,7 @@ _SETTINGS = (("-march=native", "-fopenmp"), ("-march=native", "-fopenmp-simd"), 
 _POINTER, _WHOLE = ctypes.c_void_p, ctypes.c_int64
 _ARGUMENTS = {
     "attend": [_POINTER] * 9 + [_WHOLE] * 8,
+    "product": [_POINTER] * 4 + [_WHOLE] * 3 + [ctypes.c_double] + [_WHOLE] * 3,
     "rms_norm": [_POINTER] * 2 + [_WHOLE] * 2 + [ctypes.c_double, _WHOLE],
     "choose": [_POINTER] * 5 + [_WHOLE] * 2 + [ctypes.c_double, _WHOLE],
 }
@@ -118,6 +119,33 @@ def rms_norm(x: Tensor, epsilon: float) -> Tensor:
     out = torch.empty_like(exact)
     _run("rms_norm", exact, out, out.numel() // size, size, float(epsilon))
     return out.to(x.dtype)
+
+
+class Product:
+    """x -> x W^T + b of a small float32 matrix, which torch's products begin slowly; x may be normed first, by `rms_norm`.
+
+    Args:
+      weight: [M, K]. bias: [M]. epsilon: of the norm, None for none.
+      gated: W's first half is a gate's, and what is returned is silu(gate) * the second half, [N, M / 2].
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, epsilon: float | None, gated: bool):
+        outputs, bias = len(weight), weight.new_zeros(len(weight)) if bias is None else bias
+        if gated:  # half a panel of gates beside their other halves
+            order = torch.arange(outputs).view(2, -1, PANEL // 2).transpose(0, 1).flatten()
+            weight, bias = weight[order], bias[order]
+        padded = torch.nn.functional.pad(weight, (0, 0, 0, -outputs % PANEL))
+        self._panels = padded.unflatten(0, (-1, PANEL)).mT.contiguous()
+        self._bias = torch.nn.functional.pad(bias, (0, -outputs % PANEL))
+        self._outputs, self._gated, self._epsilon = outputs, gated, -1.0 if epsilon is None else epsilon
+
+    def __call__(self, x: Tensor, into: Tensor | None = None) -> Tensor:
+        """Args: x: [N, K]. into: what the product is added to, in place."""
+        x, outputs = x.contiguous(), self._outputs
+        out = torch.empty(len(x), outputs // 2 if self._gated else outputs) if into is None else into
+        how = self._epsilon, into is not None, self._gated
+        _run("product", x, self._panels, self._bias, out, *x.shape, outputs, *how)
+        return out
 
 
 def choose(logits_NV: Tensor, uniform_N: Tensor, temperature: float | None) -> tuple[Tensor, Tensor, Tensor]:

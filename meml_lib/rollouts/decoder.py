@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 
 from meml_lib.rollouts import cpu, products
 
@@ -47,12 +48,14 @@ in this order. It may overwrite what it is given."""
 
 
 class _Layer(NamedTuple):
+    """Products of [N, hidden size], normed; those of `out` and `down` are added to their second argument, in place."""
+
     qkv: Callable[[Tensor], Tensor]
     qk_norm: Tensor | None
     """[R + 1, head size], Qwen3's of queries and key."""
-    out: Callable[[Tensor], Tensor]
-    gate_up: Callable[[Tensor], Tensor]
-    down: Callable[[Tensor], Tensor]
+    out: Callable[[Tensor, Tensor], Tensor]
+    gated: Callable[[Tensor], Tensor]
+    down: Callable[[Tensor, Tensor], Tensor]
 
 
 class Weights:
@@ -66,8 +69,7 @@ class Weights:
         attention = base.model.layers[0].self_attn
         self.head_size, self.scale = attention.head_dim, attention.scaling
         self.heads, self.kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
-        self.act, norm = base.model.layers[0].mlp.act_fn, base.model.norm
-        self._epsilon = norm.variance_epsilon
+        self._epsilon = base.model.norm.variance_epsilon
         self.shared = self.heads // self.kv_heads
         # Rotary embedding turns the pairs (i, i + half). Side by side they are complex numbers, turned in one product.
         self._pairs = torch.arange(self.head_size, device=model.device).view(2, -1).T.flatten()
@@ -77,7 +79,7 @@ class Weights:
         self._order = torch.cat((q, k[:, None, self._pairs], v[:, None]), dim=1).flatten()
         self.rotary = base.model.rotary_emb
         self.embedding, self.head = base.model.embed_tokens.weight, _linear(base.lm_head)
-        self._final = norm.weight.float()
+        self._final = base.model.norm.weight.float()
         self.layers = [self._layer(layer) for layer in base.model.layers]
 
     def _layer(self, layer: nn.Module) -> _Layer:
@@ -90,10 +92,10 @@ class Weights:
             scale_R[: self.heads * self.head_size] = self.scale
         before, between = (norm.weight.float() for norm in (layer.input_layernorm, layer.post_attention_layernorm))
         return _Layer(
-            _linear(*_qkv(attention), order=self._order, columns=before, rows=scale_R),
+            _linear(*_qkv(attention), order=self._order, columns=before, rows=scale_R, epsilon=self._epsilon),
             qk_norm,
             _linear(attention.o_proj),
-            _linear(mlp.gate_proj, mlp.up_proj, columns=between),
+            _linear(mlp.gate_proj, mlp.up_proj, columns=between, epsilon=self._epsilon, act=mlp.act_fn),
             _linear(mlp.down_proj),
         )
 
@@ -102,17 +104,12 @@ class Weights:
         rows, shape = len(token_N), (len(token_N), self.kv_heads, self.shared + 2, self.head_size)
         x = F.embedding(token_N, self.embedding)
         for i, layer in enumerate(self.layers):
-            qkv = layer.qkv(self._norm(x)).view(shape)
+            qkv = layer.qkv(x).view(shape)
             if layer.qk_norm is not None:
-                qkv[:, :, :-1] = self._norm(qkv[:, :, :-1]) * layer.qk_norm
-            x += layer.out(attend(i, qkv).reshape(rows, -1))
-            gate, up = layer.gate_up(self._norm(x)).chunk(2, dim=-1)
-            x += layer.down(self.act(gate).mul_(up))
+                qkv[:, :, :-1] = _normed(qkv[:, :, :-1], self._epsilon) * layer.qk_norm
+            layer.out(attend(i, qkv).reshape(rows, -1), x)
+            layer.down(layer.gated(x), x)
         return x
-
-    def _norm(self, x: Tensor) -> Tensor:
-        """RMSNorm, without its weight."""
-        return F.rms_norm(x, x.shape[-1:], None, self._epsilon) if x.is_cuda else cpu.rms_norm(x, self._epsilon)
 
     def turned(self, qkv: Tensor, turn_N: Tensor) -> Tensor:
         """Queries and keys at their positions, and values, float32; in place where they are. Args: turn_N: complex [N, size / 2]."""
@@ -122,7 +119,7 @@ class Weights:
 
     def logits(self, x_NF: Tensor) -> Tensor:
         """The next token's logits [N, V], of what `hidden` returned."""
-        return self.head((self._norm(x_NF) * self._final).to(x_NF.dtype))
+        return self.head((_normed(x_NF, self._epsilon) * self._final).to(x_NF.dtype))
 
 
 class Decoder:
@@ -246,13 +243,23 @@ def _qkv(attention: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
     return attention.q_proj, attention.k_proj, attention.v_proj
 
 
+def _normed(x: Tensor, epsilon: float) -> Tensor:
+    """RMSNorm, without its weight."""
+    return F.rms_norm(x, x.shape[-1:], None, epsilon) if x.is_cuda else cpu.rms_norm(x, epsilon)
+
+
 def _linear(
-    *modules: nn.Module, order: Tensor | None = None, columns: Tensor | None = None, rows: Tensor | None = None
-) -> Callable[[Tensor], Tensor]:
-    """x -> the outputs of all modules, side by side, or in another order.
+    *modules: nn.Module,
+    order: Tensor | None = None,
+    columns: Tensor | None = None,
+    rows: Tensor | None = None,
+    epsilon: float | None = None,
+    act: nn.Module | None = None,
+) -> Callable[..., Tensor]:
+    """x -> the outputs of all modules, side by side, or in another order; or they are added to a second argument, in place.
 
     Args: columns, rows: what the inputs and, biases included, the outputs are multiplied by; float32, so that each weight
-      is rounded once.
+      is rounded once. epsilon: of the norm that x goes through first. act: of a gate, which the first module is to the second.
     """
     weights, biases = [_merged(module) for module in modules], [module.bias for module in modules]
     weight = torch.cat(weights) if len(weights) > 1 else weights[0]
@@ -266,23 +273,36 @@ def _linear(
     weight = weight.to(dtype)
     if order is not None:
         weight, bias = weight[order], None if bias is None else bias[order]
-    if products.slow(dtype, weight.device):
-        product = _product(weight.float(), None if bias is None else bias.float())
-        return lambda x: product(x.float()).to(dtype)
-    return _product(weight, bias)
+    known = act is None or type(act) is type(ACT2FN["silu"]) and len(weight) % cpu.PANEL == 0
+    if weight.device.type == "cpu" and dtype == torch.float32 and weight.numel() < _PACK and known:
+        return cpu.Product(weight, bias, epsilon, gated=act is not None)
+    product = _product(weight, bias)
+
+    def linear(x: Tensor, into: Tensor | None = None) -> Tensor:
+        y = product(x if epsilon is None else _normed(x, epsilon))
+        if act is not None:
+            gate, up = y.chunk(2, dim=-1)
+            y = act(gate).mul_(up)
+        return y if into is None else into.add_(y)
+
+    return linear
 
 
 def _product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    known = weight.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
+    dtype = weight.dtype
+    if products.slow(dtype, weight.device):
+        product = _product(weight.float(), None if bias is None else bias.float())
+        return lambda x: product(x.float()).to(dtype)
+    known = dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
     if weight.device.type == "cpu" and weight.numel() >= _PACK and known:
         # F.linear lays such a matrix out for oneDNN at every product, in a third of its time.
         packed, product = torch.ops.mkldnn._reorder_linear_weight(weight), torch.ops.mkldnn._linear_pointwise
-        slow = _AMX_SLOW if weight.dtype == torch.bfloat16 and torch.cpu.get_capabilities().get("amx_bf16") else ()
+        slow = _AMX_SLOW if dtype == torch.bfloat16 and torch.cpu.get_capabilities().get("amx_bf16") else ()
 
-        def linear(x: Tensor) -> Tensor:
+        def packed_product(x: Tensor) -> Tensor:
             rows = len(x)
             x = F.pad(x, (0, 0, 0, _AMX_SLOW.stop - rows)) if rows in slow else x
             return product(x, packed, bias, "none", [], "")[:rows]
 
-        return linear
+        return packed_product
     return lambda x: F.linear(x, weight, bias)
