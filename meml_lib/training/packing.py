@@ -204,6 +204,23 @@ class _Move(torch.autograd.Function):
         return (grad_SF if padding is None else grad_SF.index_fill_(0, padding, 0.0)), None, None, None
 
 
+class _Shared(torch.autograd.Function):
+    """Take rows by number, some more than once. Their gradients are summed in a product: torch's own sums one number at a
+    time on a CPU, and in any order on CUDA."""
+
+    @staticmethod
+    def forward(ctx, x_PF: Tensor, taken_N: Tensor) -> Tensor:
+        ctx.save_for_backward(taken_N)
+        ctx.rows = len(x_PF)
+        return x_PF.index_select(0, taken_N)
+
+    @staticmethod
+    def backward(ctx, grad_NF: Tensor):
+        (taken_N,) = ctx.saved_tensors
+        taken_PN = (taken_N == torch.arange(ctx.rows, device=taken_N.device)[:, None]).to(grad_NF.dtype)
+        return (taken_PN @ grad_NF.flatten(1)).view(-1, *grad_NF.shape[1:]), None
+
+
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -222,8 +239,8 @@ def attention(
     out = [attend(query_PT, key_PT, value_PT, layout.mask_PP, scaling, dropout)]
     buckets = zip(queries, keys, values, layout.parent_N, layout.mask_N1QK, strict=True)
     for query_NT, key_NT, value_NT, parent_N, mask_N1QK in buckets:
-        key_NT = torch.cat([key_PT.index_select(0, parent_N), key_NT], 1)
-        value_NT = torch.cat([value_PT.index_select(0, parent_N), value_NT], 1)
+        key_NT = torch.cat([_Shared.apply(key_PT, parent_N), key_NT], 1)
+        value_NT = torch.cat([_Shared.apply(value_PT, parent_N), value_NT], 1)
         out.append(attend(query_NT, key_NT, value_NT, mask_N1QK, scaling, dropout))
     return layout.flat(out), None
 
