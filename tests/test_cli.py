@@ -76,7 +76,8 @@ def test_report_of_what_has_not_run_says_how_to_run_it(meml, tmp_path):
 def test_doctor_says_what_is_missing_and_what_to_do(meml, monkeypatch):
     monkeypatch.delenv("MEML_DATA_DIR", raising=False)
     monkeypatch.setattr("meml_lib.runs.versions", lambda names: dict.fromkeys(names))
+    monkeypatch.setenv("CC", "/no/compiler -m64")
     result = meml("doctor")
-    assert result.exit_code == 0
+    assert result.exit_code == 0 and "no C compiler '/no/compiler -m64'" in result.stdout
     assert "make smollm2" in result.stdout and "torch is not installed" in result.stdout
     assert "unless MEML_DATA_DIR is a folder" in result.stdout

@@ -94,8 +94,8 @@ def test_every_dependency_is_pinned_and_every_third_party_import_is_a_dependency
 
 def test_environment_yml_installs_the_project_itself_at_the_pinned_versions():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    python, pip, lists = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    assert python == f"python{project['requires-python']}" and pip == "pip"
+    python, compiler, pip, lists = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    assert python == f"python{project['requires-python']}" and (compiler, pip) == ("c-compiler", "pip")
     extras = ",".join(project["optional-dependencies"])
     assert lists["pip"] == ["--constraint constraints.txt", f"--editable .[{extras}]"]
 

@@ -3,6 +3,7 @@
 vLLM's part runs where vllm can be imported (`make vllm`, then .venv-vllm/bin/python -m pytest tests/test_rollouts.py).
 """
 
+import copy
 from importlib.util import find_spec
 
 import numpy as np
@@ -353,15 +354,20 @@ def test_products_are_the_same_compiled_laid_out_for_onednn_or_not(monkeypatch, 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_bfloat16_keeps_to_its_own_rounding(name):
     """The decoder's step is no further from the truth (float32, the same weights) than the model's own pass is."""
-    model = make(name, torch.bfloat16)
-    rollouts, truth = answers(model), make(name, torch.bfloat16).float()
+    ours, theirs = distances_from_float32(make(name, torch.bfloat16))
+    assert ours < 1.5 * theirs
+
+
+def distances_from_float32(model) -> tuple[float, float]:
+    """How far log-probabilities are from those of the same weights in float32: the decoder's, and the model's own."""
+    rollouts, truth = answers(model), copy.deepcopy(model).float()
     ours, theirs = [], []
     for prompt, rollout in zip(PROMPTS, rollouts, strict=True):
         at = torch.tensor(rollout.tokens)[:, None]
         true_T, plain_T = (scored(m, prompt, rollout.tokens).gather(-1, at)[:, 0] for m in (truth, model))
         ours += (torch.tensor(rollout.logp) - true_T).tolist()
         theirs += (plain_T - true_T).tolist()
-    assert np.square(ours).mean() ** 0.5 < 1.5 * np.square(theirs).mean() ** 0.5
+    return np.square(ours).mean() ** 0.5, np.square(theirs).mean() ** 0.5
 
 
 def test_the_next_sample_uses_the_updated_weights(model):
@@ -390,6 +396,19 @@ def test_adapters_take_part(merged):
     rollouts = answers(model)
     agree(model, rollouts)
     assert [r.tokens for r in rollouts] != [r.tokens for r in without]
+
+
+def test_adapters_of_float32_are_merged_in_the_models_own_precision():
+    from peft import LoraConfig, get_peft_model
+
+    model = make("llama", torch.bfloat16)
+    model = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")).eval()
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            assert weight.dtype == torch.float32
+            weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    ours, theirs = distances_from_float32(model)
+    assert 0 < ours < 2 * theirs  # theirs adds the adapters' part in float32
 
 
 def test_adapters_that_are_more_than_a_sum_are_left_to_transformers():

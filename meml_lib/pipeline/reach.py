@@ -198,4 +198,3 @@ def _bound(nodes: Iterable[ast.AST], package: str) -> dict[str, set[str]]:
                 found[alias.asname or alias.name].add(".".join([*above, *filter(None, [node.module]), alias.name]))
     ours = {name: {path for path in paths if path.split(".")[0] == _OURS} for name, paths in found.items()}
     return {name: paths for name, paths in ours.items() if paths}
-

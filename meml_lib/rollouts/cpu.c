@@ -11,7 +11,7 @@ typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alia
 /* e^x for x <= 0, to 2 units in the last place; 0 below e^-87. */
 static inline float power(float x)
 {
-    union { float real; int32_t bits; } n, scale;
+    union { float real; uint32_t bits; } n, scale;
     float most = x < -87.0f ? -87.0f : x;
     n.real = most * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the sum's last bits are the rounded product */
     scale.bits = (n.bits + 127) << 23;

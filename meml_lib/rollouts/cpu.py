@@ -19,63 +19,66 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from meml_lib import runs
-
 _SOURCE = Path(__file__).with_name("cpu.c")
 _LANES, PANEL = 8, 16  # as in cpu.c
+_EVERY = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC")  # but for marked sums, arithmetic stays as written
 _SETTINGS = (("-march=native", "-fopenmp"), ("-march=native", "-fopenmp-simd"), ("-fopenmp-simd",), ())
 """Tried in this order: a compiler may know no OpenMP, torch bring none, or a processor have no name."""
-
-
-_POINTER, _WHOLE = ctypes.c_void_p, ctypes.c_int64
-_ARGUMENTS = {
-    "attend": [_POINTER] * 9 + [_WHOLE] * 8,
-    "product": [_POINTER] * 4 + [_WHOLE] * 3 + [ctypes.c_double] + [_WHOLE] * 3,
-    "rms_norm": [_POINTER] * 2 + [_WHOLE] * 2 + [ctypes.c_double, _WHOLE],
-    "choose": [_POINTER] * 5 + [_WHOLE] * 2 + [ctypes.c_double, _WHOLE],
-}
-
-
-def _loaded(file: str) -> ctypes.CDLL:
-    found = ctypes.CDLL(file)
-    for name, types in _ARGUMENTS.items():
-        getattr(found, name).argtypes = types
-    return found
+_ARGUMENTS = {"attend": "FFFFFFLLFiiiiiiii", "product": "FFFFiiidiii", "rms_norm": "FFiidi", "choose": "FDLFFiidi"}
+"""Of each function of cpu.c: tensors (F: float32, D: float64, L: int64), i: int64, d: double."""
+_TENSORS = {"F": torch.float32, "D": torch.float64, "L": torch.int64}
 
 
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled loops; None, with a warning, where no C compiler works."""
-    source = _SOURCE.read_bytes()
+    made_of = _SOURCE.read_bytes() + Path(__file__).read_bytes()
+    with suppress(OSError):  # a home folder may be shared by machines of several kinds
+        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+        made_of += b"".join(sorted({line for line in lines if line.lower().startswith((b"flags", b"features"))}))
+    place = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "meml_lib")
+    kept = place / f"cpu-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
     with suppress(OSError):
-        source += b"".join(line for line in Path("/proc/cpuinfo").read_bytes().splitlines() if line.startswith(b"flags"))
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meml_lib"
-    kept = folder / f"cpu-{hashlib.sha256(source).hexdigest()[:16]}.so"
+        return _loaded(kept)
     with suppress(OSError):
-        return _loaded(str(kept))
+        if place.is_absolute():  # else this user has no home
+            place.mkdir(parents=True, exist_ok=True)
     compiler, said = os.environ.get("CC") or "cc", ""
     for settings in _SETTINGS:
-        with tempfile.TemporaryDirectory() as made:
-            part, whole = f"{made}/cpu.o", f"{made}/cpu.so"
-            # Linked without OpenMP: its functions are those that torch has loaded, and the threads are torch's.
-            steps = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", *settings, "-c", str(_SOURCE), "-o", part], ["-shared", part, "-o", whole]
-            try:
-                for step in steps:
+        try:
+            with tempfile.TemporaryDirectory(dir=place if os.access(place, os.W_OK) else None) as folder:
+                part, made = f"{folder}/cpu.o", f"{folder}/cpu.so"
+                # Linked without OpenMP: its functions are those that torch has loaded, and the threads are torch's.
+                for step in ((*_EVERY, *settings, "-c", str(_SOURCE), "-o", part), ("-shared", part, "-lm", "-o", made)):
                     subprocess.run([*compiler.split(), *step], check=True, capture_output=True, text=True)
-                found = _loaded(whole)
-            except (OSError, subprocess.CalledProcessError) as error:
-                said = said or getattr(error, "stderr", None) or str(error)
-                continue
-            with suppress(OSError), runs.atomic(kept) as file:
-                file.write_bytes(Path(whole).read_bytes())
-            return found
-    warnings.warn(f"sampling on this CPU is slower by half: {compiler!r} compiles no C ({said.strip()[:200]})", stacklevel=2)
+                found = _loaded(made)
+                with suppress(OSError):
+                    os.replace(made, kept)
+                return found
+        except (OSError, subprocess.CalledProcessError) as error:
+            said = said or getattr(error, "stderr", None) or str(error)
+    told = f"{compiler!r} compiles no C ({said.strip()[:200]}): transformers samples on this CPU, which is slower; install a compiler"
+    warnings.warn(told, stacklevel=2)
     return None
 
 
-def _run(name: str, *arguments: Tensor | int | float) -> None:
-    """Tensors must adjoin, and be of the types that cpu.c takes."""
-    getattr(library(), name)(*(x.data_ptr() if isinstance(x, Tensor) else x for x in arguments), torch.get_num_threads())
+def _loaded(file: str | Path) -> ctypes.CDLL:
+    found = ctypes.CDLL(str(file))
+    for name, kinds in _ARGUMENTS.items():
+        types = {"i": ctypes.c_int64, "d": ctypes.c_double}
+        getattr(found, name).argtypes = [types.get(kind, ctypes.c_void_p) for kind in kinds]
+    return found
+
+
+def _run(name: str, *arguments: Tensor | float) -> None:
+    told = []
+    for kind, x in zip(_ARGUMENTS[name], arguments, strict=False):  # but for the last, the threads
+        if isinstance(x, Tensor):
+            if not (x.dtype is _TENSORS[kind] and x.is_cpu and x.is_contiguous()):
+                raise TypeError(f"cpu.{name}: a {x.dtype} tensor on {x.device}, strides {x.stride()}, for {_TENSORS[kind]}")
+            x = x.data_ptr()
+        told.append(x)
+    getattr(library(), name)(*told, torch.get_num_threads())
 
 
 def whole(n: int) -> int:
@@ -92,7 +95,8 @@ def prompts_cache(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 def answers_cache(rows: int, room: int, size: int) -> tuple[Tensor, Tensor]:
     """Room for the answers' keys and values, in the same layout."""
-    return torch.empty(rows, whole(room) // _LANES, size, _LANES), torch.empty(rows, whole(room), whole(size))
+    shapes = (rows, whole(room) // _LANES, size, _LANES), (rows, whole(room), whole(size))
+    return tuple(torch.empty(shape, dtype=torch.float32, device="cpu") for shape in shapes)
 
 
 def attend(
@@ -105,11 +109,13 @@ def attend(
     at: Tensor,
 ) -> Tensor:
     """`kernels.attend`, computed in float32; prompt and own as `prompts_cache` and `answers_cache` lay them out."""
-    exact = qkv.float().contiguous()
+    exact, step, room = qkv.float().contiguous(), int(at), own[1].shape[-2]
+    if not 0 <= step < room:
+        raise IndexError(f"token {step} of an answer with room for {room}")
     rows, heads, shared, size = (*qkv.shape[:2], qkv.shape[2] - 2, qkv.shape[3])
-    out = torch.empty(rows, heads, shared, size)
-    sizes = rows, heads, shared, size, prompt[1].shape[-2], own[1].shape[-2], int(at)
-    _run("attend", exact, turn_N, *prompt, *own, prompt_of_row_N, length_P, out, *sizes)
+    out = exact.new_empty(rows, heads, shared, size)
+    sizes = rows, heads, shared, size, prompt[1].shape[-2], room, step
+    _run("attend", exact, torch.view_as_real(turn_N), *prompt, *own, prompt_of_row_N, length_P, out, *sizes)
     return out.to(qkv.dtype)
 
 
@@ -142,7 +148,7 @@ class Product:
     def __call__(self, x: Tensor, into: Tensor | None = None) -> Tensor:
         """Args: x: [N, K]. into: what the product is added to, in place."""
         x, outputs = x.contiguous(), self._outputs
-        out = torch.empty(len(x), outputs // 2 if self._gated else outputs) if into is None else into
+        out = x.new_empty(len(x), outputs // 2 if self._gated else outputs) if into is None else into
         how = self._epsilon, into is not None, self._gated
         _run("product", x, self._panels, self._bias, out, *x.shape, outputs, *how)
         return out
@@ -151,6 +157,8 @@ class Product:
 def choose(logits_NV: Tensor, uniform_N: Tensor, temperature: float | None) -> tuple[Tensor, Tensor, Tensor]:
     """`native.choose` without top_p; sums of probabilities in float64."""
     exact = logits_NV.float().contiguous()
-    token_N, logp_N, entropy_N = torch.empty(len(exact), dtype=torch.long), *torch.empty(2, len(exact))
+    token_N = exact.new_empty(len(exact), dtype=torch.long)
+    logp_N, entropy_N = exact.new_empty(2, len(exact))
+    uniform_N = uniform_N.double().contiguous()
     _run("choose", exact, uniform_N, token_N, logp_N, entropy_N, *exact.shape, float(temperature or 0.0))
     return token_N, logp_N, entropy_N

@@ -29,7 +29,7 @@ _AMX_SLOW = range(17, 33)  # rows; oneDNN's AMX kernels take 1.2 to 1.5 times as
 
 def fits(model: PreTrainedModel, positions: int) -> bool:
     """Whether `Weights` can decode this model over so many positions; else `forward.Forward` does."""
-    if model.device.type != "cuda" and cpu.library() is None:
+    if model.device.type != "cuda" and (model.device.type != "cpu" or cpu.library() is None):
         return False
     base, config = _base(model), model.config
     window = getattr(config, "sliding_window", None)
@@ -235,7 +235,7 @@ def _merged(module: nn.Module) -> Tensor:
     weight = module.weight
     for adapter in getattr(module, "active_adapters", ()):
         if adapter in module.lora_A and adapter not in module.merged_adapters:
-            weight = weight + module.get_delta_weight(adapter)
+            weight = weight + module.get_delta_weight(adapter).to(weight.dtype)  # peft keeps adapters in float32
     return weight
 
 

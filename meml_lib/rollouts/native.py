@@ -113,7 +113,7 @@ def choose(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The next token of each row, and what the policy at temperature 1 says of it, in few passes over the vocabulary.
 
-    A few rows at a time: their copies stay in the processor's cache, and no memory is handed out anew at every step.
+    By compiled loops where there are; by torch a few rows at a time, whose copies stay in the processor's cache.
 
     Args:
       logits_NV: float; an impossible token's is -inf. uniform_N: float64 in [0, 1).
@@ -125,7 +125,7 @@ def choose(
             from meml_lib.rollouts import kernels
 
             return kernels.choose(logits_NV, uniform_N, temperature)
-        if not logits_NV.is_cuda and cpu.library() is not None:
+        if logits_NV.device.type == "cpu" and cpu.library() is not None:
             return cpu.choose(logits_NV, uniform_N, temperature)
     rows = max(1, (CUDA_ENTRIES if logits_NV.is_cuda else ENTRIES) // logits_NV.shape[1])
     chunks = zip(logits_NV.split(rows), uniform_N.split(rows), strict=True)
