@@ -64,6 +64,7 @@ static void turn(float *out, const float *x, const float *angle, long size)
     }
 }
 
+/* The layouts are told in cpu.py. A key's numbers stand LANES tokens side by side, so that a query's number meets LANES keys. */
 void attend(const float *qkv, const float *turn_N, const float *prompt_k, const float *prompt_v, float *own_k, float *own_v,
             const int64_t *prompt_of_row, const int64_t *length, float *out, int64_t rows, int64_t heads, int64_t shared,
             int64_t size, int64_t width, int64_t room, int64_t at, int64_t threads)
@@ -97,6 +98,7 @@ void attend(const float *qkv, const float *turn_N, const float *prompt_k, const 
     }
 }
 
+/* Without its weight, which is in the matrix that follows. */
 void rms_norm(const float *x, float *out, int64_t rows, int64_t size, double epsilon, int64_t threads)
 {
 #pragma omp parallel for num_threads(threads) if (rows * size > 1 << 15) /* two threads are slower at less */
@@ -126,6 +128,8 @@ static inline float silu(float x)
     return (x < 0.0f ? x * p : x) / (1.0f + p);
 }
 
+/* out[n] = or += W x[n] + bias, or silu(first half) * second half of it; x normed first unless epsilon < 0.
+   panels: W as [M / PANEL, K, PANEL], padded; a gate's panel holds PANEL / 2 of each half. */
 void product(const float *x, const float *panels, const float *bias, float *out, int64_t rows, int64_t inputs,
              int64_t outputs, double epsilon, int64_t add, int64_t gated, int64_t threads)
 {

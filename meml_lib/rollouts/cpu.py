@@ -87,7 +87,7 @@ def whole(n: int) -> int:
 
 
 def prompts_cache(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """What `attend` reads of a prompt [.., T, D]: keys [.., D, T'] and values [.., T', D'], in whole vectors."""
+    """What `attend` reads of a prompt [.., T, D], in whole vectors: keys [.., T' / 8, D, 8] and values [.., T', D']."""
     longer, wider = whole(k.shape[-2]) - k.shape[-2], whole(k.shape[-1]) - k.shape[-1]
     pad = torch.nn.functional.pad
     return pad(k, (0, 0, 0, longer)).unflatten(-2, (-1, _LANES)).mT.contiguous(), pad(v, (0, wider, 0, longer)).contiguous()
