@@ -5,10 +5,10 @@
 # make vllm      a second environment, .venv-vllm, for sampling.engine=vllm on a CPU (about 4 GB)
 # make clean     remove .venv and caches; reports/ stays
 # Set-up happens once, into .venv. Another Python: make PYTHON=python3.12 demo
-# An old pip is slow; packages compile when first imported, which costs less than compiling all of them.
+# An old pip takes twice as long.
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 INSTALLED := .venv/installed
 SMOLLM2 := .venv/smollm2
 
