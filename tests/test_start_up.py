@@ -27,6 +27,7 @@ def processor_s(*words: str) -> float:
     return min(once() for _ in range(3))
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("words", "most_s"),
     [
