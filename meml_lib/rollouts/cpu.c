@@ -98,15 +98,22 @@ void attend(const float *qkv, const float *turn_N, const float *prompt_k, const 
     }
 }
 
+/* What RMSNorm multiplies a row by, beside its weight; 1 where epsilon is below 0. */
+static float norm_scale(const float *x, long size, double epsilon)
+{
+    if (epsilon < 0.0) return 1.0f;
+    float squares = 0.0f;
+#pragma omp simd reduction(+ : squares)
+    for (long d = 0; d < size; d++) squares += x[d] * x[d];
+    return 1.0f / sqrtf(squares / size + (float)epsilon);
+}
+
 /* Without its weight, which is in the matrix that follows. */
 void rms_norm(const float *x, float *out, int64_t rows, int64_t size, double epsilon, int64_t threads)
 {
 #pragma omp parallel for num_threads(threads) if (rows * size > 1 << 15) /* two threads are slower at less */
     for (long n = 0; n < rows; n++) {
-        float squares = 0.0f;
-#pragma omp simd reduction(+ : squares)
-        for (long d = 0; d < size; d++) squares += x[n * size + d] * x[n * size + d];
-        const float scale = 1.0f / sqrtf(squares / size + (float)epsilon);
+        const float scale = norm_scale(x + n * size, size, epsilon);
         for (long d = 0; d < size; d++) out[n * size + d] = x[n * size + d] * scale;
     }
 }
@@ -141,10 +148,7 @@ void product(const float *x, const float *panels, const float *bias, float *out,
         memset(turned, 0, sizeof turned);
         for (long r = 0; r < here; r++) {
             const float *own = x + (from + r) * inputs;
-            float squares = 0.0f;
-#pragma omp simd reduction(+ : squares)
-            for (long k = 0; k < inputs; k++) squares += own[k] * own[k];
-            const float scale = epsilon < 0.0 ? 1.0f : 1.0f / sqrtf(squares / inputs + (float)epsilon);
+            const float scale = norm_scale(own, inputs, epsilon);
             for (long k = 0; k < inputs; k++) turned[k * ROWS + r] = own[k] * scale;
         }
         for (long n = 0; n < count; n++) {

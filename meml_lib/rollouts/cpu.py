@@ -62,6 +62,11 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
+def serves(device: torch.device) -> bool:
+    """Whether the loops run there; the first answer for a CPU compiles them."""
+    return device.type == "cpu" and library() is not None
+
+
 def _loaded(file: str | Path) -> ctypes.CDLL:
     found = ctypes.CDLL(str(file))
     for name, kinds in _ARGUMENTS.items():
@@ -81,21 +86,21 @@ def _run(name: str, *arguments: Tensor | float) -> None:
     getattr(library(), name)(*told, torch.get_num_threads())
 
 
-def whole(n: int) -> int:
+def _whole(n: int) -> int:
     """The least multiple of a vector that is not smaller."""
     return -(-n // _LANES) * _LANES
 
 
 def prompts_cache(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """What `attend` reads of a prompt [.., T, D], in whole vectors: keys [.., T' / 8, D, 8] and values [.., T', D']."""
-    longer, wider = whole(k.shape[-2]) - k.shape[-2], whole(k.shape[-1]) - k.shape[-1]
+    longer, wider = _whole(k.shape[-2]) - k.shape[-2], _whole(k.shape[-1]) - k.shape[-1]
     pad = torch.nn.functional.pad
     return pad(k, (0, 0, 0, longer)).unflatten(-2, (-1, _LANES)).mT.contiguous(), pad(v, (0, wider, 0, longer)).contiguous()
 
 
 def answers_cache(rows: int, room: int, size: int) -> tuple[Tensor, Tensor]:
     """Room for the answers' keys and values, in the same layout."""
-    shapes = (rows, whole(room) // _LANES, size, _LANES), (rows, whole(room), whole(size))
+    shapes = (rows, _whole(room) // _LANES, size, _LANES), (rows, _whole(room), _whole(size))
     return tuple(torch.empty(shape, dtype=torch.float32, device="cpu") for shape in shapes)
 
 

@@ -29,7 +29,7 @@ _AMX_SLOW = range(17, 33)  # rows; oneDNN's AMX kernels take 1.2 to 1.5 times as
 
 def fits(model: PreTrainedModel, positions: int) -> bool:
     """Whether `Weights` can decode this model over so many positions; else `forward.Forward` does."""
-    if model.device.type != "cuda" and (model.device.type != "cpu" or cpu.library() is None):
+    if model.device.type != "cuda" and not cpu.serves(model.device):
         return False
     base, config = _base(model), model.config
     window = getattr(config, "sliding_window", None)

@@ -125,7 +125,7 @@ def choose(
             from meml_lib.rollouts import kernels
 
             return kernels.choose(logits_NV, uniform_N, temperature)
-        if logits_NV.device.type == "cpu" and cpu.library() is not None:
+        if cpu.serves(logits_NV.device):
             return cpu.choose(logits_NV, uniform_N, temperature)
     rows = max(1, (CUDA_ENTRIES if logits_NV.is_cuda else ENTRIES) // logits_NV.shape[1])
     chunks = zip(logits_NV.split(rows), uniform_N.split(rows), strict=True)

@@ -1,8 +1,8 @@
 """Matrix products of bfloat16 on a CPU without instructions for them: in float32, and rounded, as the instructions do.
 
 torch's own take 8 to 70 times as long there, where oneDNN has none: without AVX-512, as AMD's processors before Zen 4 and
-most of Intel's for laptops. torch's fused attention is no product here and stays as it is; `packing` and `decoder`
-attend by products.
+most of Intel's for laptops. torch's fused attention is no product here and stays as it is; `packing` attends
+by products, `decoder` in float32.
 """
 
 from __future__ import annotations
