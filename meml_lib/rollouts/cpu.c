@@ -3,8 +3,18 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(__AMX_BF16__) && defined(__linux__)
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#define TILES
+#endif
 
-#define LANES 8 /* caches and buffers are as wide as whole vectors; narrower machines take each in parts */
+#ifdef __AVX512F__
+#define LANES 16
+#else
+#define LANES 8 /* narrower machines take a vector in parts */
+#endif
 #define WHOLE(n) (((n) + LANES - 1) / LANES * LANES)
 typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
@@ -26,32 +36,44 @@ static inline float power(float x)
     return x < -87.0f ? 0.0f : p;
 }
 
+/* Caches and buffers are as wide as whole vectors. */
+int64_t lanes(void) { return LANES; }
+
 static inline __attribute__((always_inline)) void add_block(
-    float *out, const float *weight, const float *row, long rows, long stride, long step, const int vectors)
+    float *out, long apart, const float *weight, long between, const float *row, long rows, long stride, long step,
+    const int sums, const int vectors)
 {
-    const int chains = vectors > 4 ? 1 : vectors > 2 ? 2 : 4; /* a sum waits for the one before: several go on at once */
-    vector sum[8] = {{0}};
+    const int width = sums * vectors;
+    const int chains = width > 4 ? 1 : width > 2 ? 2 : 4; /* a sum waits for the one before: several go on at once */
+    vector sum[12] = {{0}};
     long i = 0;
     for (; i + chains <= rows; i += chains, row += chains * stride)
         for (int c = 0; c < chains; c++)
-            for (int j = 0; j < vectors; j++) sum[c * vectors + j] += weight[i + c] * *(const vector *)(row + c * stride + j * step);
+            for (int j = 0; j < vectors; j++)
+                for (int s = 0; s < sums; s++)
+                    sum[c * width + s * vectors + j] += weight[s * between + i + c] * *(const vector *)(row + c * stride + j * step);
     for (; i < rows; i++, row += stride)
-        for (int j = 0; j < vectors; j++) sum[j] += weight[i] * *(const vector *)(row + j * step);
+        for (int j = 0; j < vectors; j++)
+            for (int s = 0; s < sums; s++) sum[s * vectors + j] += weight[s * between + i] * *(const vector *)(row + j * step);
     for (int c = 0; c < chains; c++)
-        for (int j = 0; j < vectors; j++) ((vector *)out)[j] += sum[c * vectors + j];
+        for (int s = 0; s < sums; s++)
+            for (int j = 0; j < vectors; j++) ((vector *)(out + s * apart))[j] += sum[c * width + s * vectors + j];
 }
 
-/* out += the weighted sum of rows of so many vectors, of which up to 8 stay in registers.
-   stride: from a row to the next. step: from a row's vector to its next. */
-static void add_weighted(
-    float *out, const float *weight, const float *row, long rows, long stride, long step, long vectors)
+/* To each of up to 4 outs add a weighted sum of the same rows of so many vectors; up to 12 sums stay in registers.
+   apart, between: from an out, from an out's weights to the next. stride: from a row to the next. step: from a row's vector
+   to its next. */
+static void add_weighted(float *out, long apart, const float *weight, long between, const float *row, long rows, long stride,
+                         long step, int sums, long vectors)
 {
-    for (; vectors > 0; vectors -= 8, out += 8 * LANES, row += 8 * step) {
-        switch (vectors) {
-#define CASE(n) case n: add_block(out, weight, row, rows, stride, step, n); break;
-            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
+    const long most = sums == 1 ? 8 : 12 / sums;
+    for (; vectors > 0; vectors -= most, out += most * LANES, row += most * step) {
+        switch (sums * 16 + (vectors < most ? vectors : most)) {
+#define CASE(s, n) case s * 16 + n: add_block(out, apart, weight, between, row, rows, stride, step, s, n); break;
+            CASE(1, 1) CASE(1, 2) CASE(1, 3) CASE(1, 4) CASE(1, 5) CASE(1, 6) CASE(1, 7) CASE(1, 8)
+            CASE(2, 1) CASE(2, 2) CASE(2, 3) CASE(2, 4) CASE(2, 5) CASE(2, 6)
+            CASE(3, 1) CASE(3, 2) CASE(3, 3) CASE(3, 4) CASE(4, 1) CASE(4, 2) CASE(4, 3)
 #undef CASE
-            default: add_block(out, weight, row, rows, stride, step, 8);
         }
     }
 }
@@ -75,25 +97,32 @@ void attend(const float *qkv, const float *turn_N, const float *prompt_k, const 
         const long n = i / heads, p = prompt_of_row[n] * heads + i % heads, far = length[prompt_of_row[n]];
         const float *x = qkv + i * (shared + 2) * size, *k_of_prompt = prompt_k + p * size * width;
         float *k = own_k + i * size * room, *v = own_v + i * room * wide;
-        float turned[size], score[width + room], mixed[wide];
+        const long apart = width + room;
+        float turned[4 * size], score[4 * apart], mixed[4 * wide];
         turn(turned, x + shared * size, turn_N + n * size, size);
         for (long d = 0; d < size; d++) k[(at / LANES * size + d) * LANES + at % LANES] = turned[d];
         memcpy(v + at * wide, x + (shared + 1) * size, size * sizeof(float));
-        for (long r = 0; r < shared; r++) {
-            turn(turned, x + r * size, turn_N + n * size, size);
+        for (long from = 0; from < shared; from += 4) { /* queries that read each key and value once */
+            const int asked = shared - from < 4 ? shared - from : 4;
+            for (int s = 0; s < asked; s++) turn(turned + s * size, x + (from + s) * size, turn_N + n * size, size);
             memset(score, 0, sizeof score);
-            add_weighted(score, turned, k_of_prompt, size, LANES, size * LANES, width / LANES);
-            add_weighted(score + width, turned, k, size, LANES, size * LANES, at / LANES + 1);
-            for (long t = far; t < width; t++) score[t] = -INFINITY;
-            float most = -INFINITY, mass = 0.0f;
+            add_weighted(score, apart, turned, size, k_of_prompt, size, LANES, size * LANES, asked, width / LANES);
+            add_weighted(score + width, apart, turned, size, k, size, LANES, size * LANES, asked, at / LANES + 1);
+            float mass[4];
+            for (int s = 0; s < asked; s++) {
+                float *own = score + s * apart, most = -INFINITY, sum = 0.0f;
+                for (long t = far; t < width; t++) own[t] = -INFINITY;
 #pragma omp simd reduction(max : most)
-            for (long t = 0; t < keys; t++) most = score[t] > most ? score[t] : most;
-#pragma omp simd reduction(+ : mass)
-            for (long t = 0; t < keys; t++) mass += score[t] = power(score[t] - most);
+                for (long t = 0; t < keys; t++) most = own[t] > most ? own[t] : most;
+#pragma omp simd reduction(+ : sum)
+                for (long t = 0; t < keys; t++) sum += own[t] = power(own[t] - most);
+                mass[s] = sum;
+            }
             memset(mixed, 0, sizeof mixed);
-            add_weighted(mixed, score, prompt_v + p * width * wide, far, wide, LANES, wide / LANES);
-            add_weighted(mixed, score + width, v, at + 1, wide, LANES, wide / LANES);
-            for (long d = 0; d < size; d++) out[(i * shared + r) * size + d] = mixed[d] / mass;
+            add_weighted(mixed, wide, score, apart, prompt_v + p * width * wide, far, wide, LANES, asked, wide / LANES);
+            add_weighted(mixed, wide, score + width, apart, v, at + 1, wide, LANES, asked, wide / LANES);
+            for (int s = 0; s < asked; s++)
+                for (long d = 0; d < size; d++) out[(i * shared + from + s) * size + d] = mixed[s * wide + d] / mass[s];
         }
     }
 }
@@ -172,6 +201,113 @@ void product(const float *x, const float *panels, const float *bias, float *out,
         }
     }
 }
+
+/* Whether the processor multiplies tiles of bfloat16, and the system lets this process use them. */
+int64_t has_tiles(void)
+{
+#ifdef TILES
+    return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tiles' data */) == 0;
+#else
+    return 0;
+#endif
+}
+
+#ifdef TILES
+#define TILE 16  /* rows of a tile, and outputs of another */
+#define DEPTH 32 /* bfloat16 numbers that they meet in */
+#define AHEAD 4096 /* numbers; a matrix comes from memory, faster when asked for so early */
+
+static const struct {
+    uint8_t palette, start, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+} EIGHT_TILES = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+
+static inline uint16_t rounded(float x)
+{
+    union { float real; uint32_t bits; } n = {x};
+    return x == x ? (n.bits + 0x7fff + (n.bits >> 16 & 1)) >> 16 : 0x7fc0;
+}
+
+/* W [M, K] as `tile_product` reads it. order: of each of its outputs, in blocks of 32, the row of W; none below 0. */
+void lay_tiles(const uint16_t *weight, const int64_t *order, uint16_t *tiles, int64_t count, int64_t inputs, int64_t threads)
+{
+    const long deep = (inputs + DEPTH - 1) / DEPTH;
+#pragma omp parallel for num_threads(threads)
+    for (long i = 0; i < count * deep; i++) {
+        const long from = i % deep * DEPTH, here = inputs - from < DEPTH ? inputs - from : DEPTH;
+        uint16_t *tile = tiles + i * 2 * TILE * DEPTH;
+        memset(tile, 0, 2 * TILE * DEPTH * sizeof *tile);
+        for (long o = 0; o < 2 * TILE; o++) {
+            const long m = order[i / deep * 2 * TILE + o];
+            uint16_t *to = tile + o / TILE * TILE * DEPTH + o % TILE * 2;
+            for (long d = 0; d < here && m >= 0; d += 2)
+                memcpy(to + d * TILE, weight + m * inputs + from + d, (d + 1 < here ? 2 : 1) * sizeof *to);
+        }
+    }
+}
+
+/* `product` of a bfloat16 matrix; x is rounded to bfloat16 after its norm.
+   narrow: room for x, rows and inputs in whole tiles. tiles: W as [M / 32, K / 32, 2, 16, 16, 2]: of 32 outputs and 32 inputs
+   two tiles, each as pairs of inputs by outputs; a gate's first tile is of the first half, its second of the other. */
+void tile_product(const float *x, uint16_t *narrow, const uint16_t *tiles, const float *bias, float *out, int64_t rows,
+                  int64_t inputs, int64_t outputs, double epsilon, int64_t add, int64_t gated, int64_t threads)
+{
+    const long deep = (inputs + DEPTH - 1) / DEPTH, high = (rows + TILE - 1) / TILE * TILE, row = deep * DEPTH;
+    const long count = (outputs + 2 * TILE - 1) / (2 * TILE), wide = gated ? outputs / 2 : outputs;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for
+        for (long n = 0; n < high; n++) {
+            const float *own = x + n * inputs, scale = n < rows ? norm_scale(own, inputs, epsilon) : 0.0f;
+            for (long k = 0; k < inputs && n < rows; k++) narrow[n * row + k] = rounded(own[k] * scale);
+            const long from = n < rows ? inputs : 0;
+            memset(narrow + n * row + from, 0, (row - from) * sizeof *narrow);
+        }
+        float sum[2][2][TILE][TILE]; /* of 16 rows each, 16 outputs each */
+        __asm__ volatile("" ::: "memory"); /* tiles are loaded unseen by the compiler, which must have written x by now */
+        _tile_loadconfig(&EIGHT_TILES);
+#pragma omp for
+        for (long b = 0; b < count; b++) {
+            const uint16_t *w = tiles + b * deep * 2 * TILE * DEPTH;
+            for (long from = 0; from < rows; from += 2 * TILE) {
+                const uint16_t *a = narrow + from * row, *below = a + (high - from > TILE ? TILE * row : 0);
+                _tile_zero(0);
+                _tile_zero(1);
+                _tile_zero(2);
+                _tile_zero(3);
+                for (long k = 0; k < deep; k++) {
+                    _tile_loadd(6, w + k * 2 * TILE * DEPTH, 2 * DEPTH);
+                    _tile_loadd(7, w + (k * 2 + 1) * TILE * DEPTH, 2 * DEPTH);
+                    for (int line = 0; line < 32 && from == 0; line++)
+                        __builtin_prefetch(w + k * 2 * TILE * DEPTH + AHEAD + line * DEPTH, 0, 2);
+                    _tile_loadd(4, a + k * DEPTH, row * sizeof *a);
+                    _tile_loadd(5, below + k * DEPTH, row * sizeof *a);
+                    _tile_dpbf16ps(0, 4, 6);
+                    _tile_dpbf16ps(1, 4, 7);
+                    _tile_dpbf16ps(2, 5, 6);
+                    _tile_dpbf16ps(3, 5, 7);
+                }
+                _tile_stored(0, sum[0][0], sizeof sum[0][0][0]);
+                _tile_stored(1, sum[0][1], sizeof sum[0][0][0]);
+                _tile_stored(2, sum[1][0], sizeof sum[0][0][0]);
+                _tile_stored(3, sum[1][1], sizeof sum[0][0][0]);
+                for (long r = 0; r < 2 * TILE && from + r < rows; r++) {
+                    const float *left = sum[r / TILE][0][r % TILE], *right = sum[r / TILE][1][r % TILE];
+                    const float *more = bias + b * 2 * TILE;
+                    float *y = out + (from + r) * wide + b * (gated ? TILE : 2 * TILE);
+                    if (gated)
+                        for (int c = 0; c < TILE; c++) y[c] = silu(left[c] + more[c]) * (right[c] + more[TILE + c]);
+                    else
+                        for (long c = 0; c < 2 * TILE && b * 2 * TILE + c < outputs; c++)
+                            y[c] = (c < TILE ? left[c] : right[c - TILE]) + more[c] + (add ? y[c] : 0.0f);
+                }
+            }
+        }
+        _tile_release();
+    }
+}
+#endif
 
 #define BLOCK 64 /* words whose probabilities are summed before one of the blocks, then one of its words is drawn */
 

@@ -20,13 +20,20 @@ import torch
 from torch import Tensor
 
 _SOURCE = Path(__file__).with_name("cpu.c")
-_LANES, PANEL = 8, 16  # as in cpu.c
+_PANEL, _TILE, _DEPTH = 16, 16, 32  # as in cpu.c
 _EVERY = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC")  # but for marked sums, arithmetic stays as written
 _SETTINGS = (("-march=native", "-fopenmp"), ("-march=native", "-fopenmp-simd"), ("-fopenmp-simd",), ())
 """Tried in this order: a compiler may know no OpenMP, torch bring none, or a processor have no name."""
-_ARGUMENTS = {"attend": "FFFFFFLLFiiiiiiii", "product": "FFFFiiidiii", "rms_norm": "FFiidi", "choose": "FDLFFiidi"}
-"""Of each function of cpu.c: tensors (F: float32, D: float64, L: int64), i: int64, d: double."""
-_TENSORS = {"F": torch.float32, "D": torch.float64, "L": torch.int64}
+_ARGUMENTS = {
+    "attend": "FFFFFFLLFiiiiiiii",
+    "product": "FFFFiiidiii",
+    "lay_tiles": "BLBiii",
+    "tile_product": "FBBFFiiidiii",
+    "rms_norm": "FFiidi",
+    "choose": "FDLFFiidi",
+}
+"""Of each function of cpu.c: tensors (F: float32, B: bfloat16, D: float64, L: int64), i: int64, d: double."""
+_TENSORS = {"F": torch.float32, "B": torch.bfloat16, "D": torch.float64, "L": torch.int64}
 
 
 @cache
@@ -67,9 +74,21 @@ def serves(device: torch.device) -> bool:
     return device.type == "cpu" and library() is not None
 
 
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether `Product` takes a matrix of this dtype here."""
+    return dtype == torch.float32 or dtype == torch.bfloat16 and bool(library().has_tiles())
+
+
+def gates(outputs: int) -> bool:
+    """Whether `Product` takes a gate and what it is multiplied by, together so many outputs."""
+    return outputs % (2 * _TILE) == 0
+
+
 def _loaded(file: str | Path) -> ctypes.CDLL:
     found = ctypes.CDLL(str(file))
     for name, kinds in _ARGUMENTS.items():
+        if "tile" in name and not found.has_tiles():
+            continue
         types = {"i": ctypes.c_int64, "d": ctypes.c_double}
         getattr(found, name).argtypes = [types.get(kind, ctypes.c_void_p) for kind in kinds]
     return found
@@ -88,19 +107,21 @@ def _run(name: str, *arguments: Tensor | float) -> None:
 
 def _whole(n: int) -> int:
     """The least multiple of a vector that is not smaller."""
-    return -(-n // _LANES) * _LANES
+    lanes = library().lanes()
+    return -(-n // lanes) * lanes
 
 
 def prompts_cache(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """What `attend` reads of a prompt [.., T, D], in whole vectors: keys [.., T' / 8, D, 8] and values [.., T', D']."""
+    """What `attend` reads of a prompt [.., T, D], in whole vectors: keys [.., T' / L, D, L], where they have L numbers, and values [.., T', D']."""
     longer, wider = _whole(k.shape[-2]) - k.shape[-2], _whole(k.shape[-1]) - k.shape[-1]
     pad = torch.nn.functional.pad
-    return pad(k, (0, 0, 0, longer)).unflatten(-2, (-1, _LANES)).mT.contiguous(), pad(v, (0, wider, 0, longer)).contiguous()
+    return pad(k, (0, 0, 0, longer)).unflatten(-2, (-1, library().lanes())).mT.contiguous(), pad(v, (0, wider, 0, longer)).contiguous()
 
 
 def answers_cache(rows: int, room: int, size: int) -> tuple[Tensor, Tensor]:
     """Room for the answers' keys and values, in the same layout."""
-    shapes = (rows, _whole(room) // _LANES, size, _LANES), (rows, _whole(room), _whole(size))
+    lanes = library().lanes()
+    shapes = (rows, _whole(room) // lanes, size, lanes), (rows, _whole(room), _whole(size))
     return tuple(torch.empty(shape, dtype=torch.float32, device="cpu") for shape in shapes)
 
 
@@ -113,27 +134,30 @@ def attend(
     length_P: Tensor,
     at: Tensor,
 ) -> Tensor:
-    """`kernels.attend`, computed in float32; prompt and own as `prompts_cache` and `answers_cache` lay them out."""
-    exact, step, room = qkv.float().contiguous(), int(at), own[1].shape[-2]
+    """`kernels.attend` in float32; prompt and own as `prompts_cache` and `answers_cache` lay them out."""
+    step, room = int(at), own[1].shape[-2]
     if not 0 <= step < room:
         raise IndexError(f"token {step} of an answer with room for {room}")
     rows, heads, shared, size = (*qkv.shape[:2], qkv.shape[2] - 2, qkv.shape[3])
-    out = exact.new_empty(rows, heads, shared, size)
+    out = qkv.new_empty(rows, heads, shared, size)
     sizes = rows, heads, shared, size, prompt[1].shape[-2], room, step
-    _run("attend", exact, torch.view_as_real(turn_N), *prompt, *own, prompt_of_row_N, length_P, out, *sizes)
-    return out.to(qkv.dtype)
+    _run("attend", qkv, torch.view_as_real(turn_N), *prompt, *own, prompt_of_row_N, length_P, out, *sizes)
+    return out
 
 
 def rms_norm(x: Tensor, epsilon: float) -> Tensor:
-    """x over its last dimension's root mean square, in float32; returned in x's dtype."""
-    exact, size = x.float().contiguous(), x.shape[-1]
-    out = torch.empty_like(exact)
-    _run("rms_norm", exact, out, out.numel() // size, size, float(epsilon))
-    return out.to(x.dtype)
+    """x, float32, over its last dimension's root mean square."""
+    x, size = x.contiguous(), x.shape[-1]
+    out = torch.empty_like(x)
+    _run("rms_norm", x, out, out.numel() // size, size, float(epsilon))
+    return out
 
 
 class Product:
-    """x -> x W^T + b of a small float32 matrix, which torch's products begin slowly; x may be normed first, by `rms_norm`.
+    """x -> x W^T + b, float32; x may be normed first, by `rms_norm`.
+
+    Of a small float32 matrix, whose products torch begins slowly; or, where `multiplies(bfloat16)`, of a bfloat16 one,
+    which is then read once and as it lies. x is rounded to bfloat16 for it, and for nothing else.
 
     Args:
       weight: [M, K]. bias: [M]. epsilon: of the norm, None for none.
@@ -141,13 +165,21 @@ class Product:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, epsilon: float | None, gated: bool):
-        outputs, bias = len(weight), weight.new_zeros(len(weight)) if bias is None else bias
-        if gated:  # half a panel of gates beside their other halves
-            order = torch.arange(outputs).view(2, -1, PANEL // 2).transpose(0, 1).flatten()
-            weight, bias = weight[order], bias[order]
-        padded = torch.nn.functional.pad(weight, (0, 0, 0, -outputs % PANEL))
-        self._panels = padded.unflatten(0, (-1, PANEL)).mT.contiguous()
-        self._bias = torch.nn.functional.pad(bias, (0, -outputs % PANEL))
+        (outputs, inputs), bias = weight.shape, weight.new_zeros(len(weight)) if bias is None else bias
+        self._tiled = weight.dtype == torch.bfloat16
+        block = 2 * _TILE if self._tiled else _PANEL
+        order = torch.arange(outputs)
+        if gated:  # half a block of gates beside their other halves
+            order = order.view(2, -1, block // 2).transpose(0, 1).flatten()
+        bias, missing = bias[order], -outputs % block
+        if self._tiled:
+            order, blocks = torch.nn.functional.pad(order, (0, missing), value=-1), -(-outputs // block)
+            self._weight = weight.new_empty(blocks, -(-inputs // _DEPTH), 2, _TILE, _TILE, 2)
+            _run("lay_tiles", weight.contiguous(), order, self._weight, blocks, inputs)
+        else:
+            padded = torch.nn.functional.pad(weight[order], (0, 0, 0, missing))
+            self._weight = padded.unflatten(0, (-1, block)).mT.contiguous()
+        self._bias = torch.nn.functional.pad(bias.float(), (0, missing))
         self._outputs, self._gated, self._epsilon = outputs, gated, -1.0 if epsilon is None else epsilon
 
     def __call__(self, x: Tensor, into: Tensor | None = None) -> Tensor:
@@ -155,7 +187,11 @@ class Product:
         x, outputs = x.contiguous(), self._outputs
         out = x.new_empty(len(x), outputs // 2 if self._gated else outputs) if into is None else into
         how = self._epsilon, into is not None, self._gated
-        _run("product", x, self._panels, self._bias, out, *x.shape, outputs, *how)
+        if self._tiled:
+            narrow = x.new_empty(-(-len(x) // _TILE) * _TILE, self._weight.shape[1] * _DEPTH, dtype=torch.bfloat16)
+            _run("tile_product", x, narrow, self._weight, self._bias, out, *x.shape, outputs, *how)
+        else:
+            _run("product", x, self._weight, self._bias, out, *x.shape, outputs, *how)
         return out
 
 

@@ -24,7 +24,6 @@ from meml_lib.rollouts import cpu, products
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _ROPES = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on how long the text is
 _PACK = 2**18  # weights; the product of a smaller matrix takes longer when it is packed
-_AMX_SLOW = range(17, 33)  # rows; oneDNN's AMX kernels take 1.2 to 1.5 times as long for them as for 33
 
 
 def fits(model: PreTrainedModel, positions: int) -> bool:
@@ -78,6 +77,8 @@ class Weights:
         q = q[:, self._pairs].unflatten(0, (self.kv_heads, self.shared))
         self._order = torch.cat((q, k[:, None, self._pairs], v[:, None]), dim=1).flatten()
         self.rotary = base.model.rotary_emb
+        self.dtype = base.dtype if model.device.type == "cuda" else torch.float32
+        """Of what stands between products, and of cached keys and values."""
         self.embedding, self.head = base.model.embed_tokens.weight, _linear(base.lm_head)
         self._final = base.model.norm.weight.float()
         self.layers = [self._layer(layer) for layer in base.model.layers]
@@ -102,7 +103,7 @@ class Weights:
     def hidden(self, token_N: Tensor, attend: Attend) -> Tensor:
         """What N tokens come to after all layers, [N, hidden size]."""
         rows, shape = len(token_N), (len(token_N), self.kv_heads, self.shared + 2, self.head_size)
-        x = F.embedding(token_N, self.embedding)
+        x = F.embedding(token_N, self.embedding).to(self.dtype)
         for i, layer in enumerate(self.layers):
             qkv = layer.qkv(x).view(shape)
             if layer.qk_norm is not None:
@@ -119,7 +120,7 @@ class Weights:
 
     def logits(self, x_NF: Tensor) -> Tensor:
         """The next token's logits [N, V], of what `hidden` returned."""
-        return self.head((_normed(x_NF, self._epsilon) * self._final).to(x_NF.dtype))
+        return self.head((_normed(x_NF, self._epsilon) * self._final).to(self.dtype))
 
 
 class Decoder:
@@ -132,7 +133,6 @@ class Decoder:
     def __init__(self, weights: Weights, prompts: Sequence[tuple[int, ...]], prompt_of_row: list[int], room: int):
         self._w, self._step = weights, 0
         device, size = weights.embedding.device, weights.head_size
-        self._dtype = weights.embedding.dtype if device.type == "cuda" else torch.float32
         positions = torch.arange(max(map(len, prompts)) + room, device=device)[None]
         cos, sin = (table[0, :, : size // 2].float() for table in weights.rotary(weights.embedding, positions))
         self._turns_T = torch.complex(cos, sin)
@@ -148,7 +148,7 @@ class Decoder:
 
     def _reserved(self, *shape: int) -> tuple[Tensor, ...]:
         if self._length_P.is_cuda:
-            return tuple(torch.empty(2, *shape, dtype=self._dtype, device=self._length_P.device))
+            return tuple(torch.empty(2, *shape, dtype=self._w.dtype, device=self._length_P.device))
         return cpu.answers_cache(*shape)
 
     def _prefill(self, prompts: Sequence[tuple[int, ...]]) -> Tensor:
@@ -159,13 +159,13 @@ class Decoder:
         """Of each layer keys and values [P * kv heads, T, size], on a CPU as `cpu.prompts_cache` lays them out."""
 
         def attend(_: int, qkv: Tensor) -> Tensor:
-            qkv = w.turned(qkv, turn_N).to(self._dtype)
+            qkv = w.turned(qkv, turn_N).to(w.dtype)
             qkv = qkv.unflatten(0, batch).permute(0, 2, 3, 1, 4)  # [P, kv heads, R + 2, T, size]
             q, k, v = (x.contiguous() for x in (qkv[:, :, :-2].flatten(1, 2), qkv[:, :, -2], qkv[:, :, -1]))
             kept = k.flatten(0, 1), v.flatten(0, 1)
             self._prompts.append(kept if k.is_cuda else cpu.prompts_cache(*kept))
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=w.shared > 1)
-            return out.transpose(1, 2).to(w.embedding.dtype)
+            return out.transpose(1, 2)
 
         ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=length_P.device)
         turn_N = self._turns_T[:width].repeat(len(prompts), 1)
@@ -273,8 +273,9 @@ def _linear(
     weight = weight.to(dtype)
     if order is not None:
         weight, bias = weight[order], None if bias is None else bias[order]
-    known = act is None or type(act) is type(ACT2FN["silu"]) and len(weight) % cpu.PANEL == 0
-    if weight.device.type == "cpu" and dtype == torch.float32 and weight.numel() < _PACK and known:
+    small = dtype == torch.bfloat16 or weight.numel() < _PACK
+    known = act is None or type(act) is type(ACT2FN["silu"]) and cpu.gates(len(weight))
+    if weight.device.type == "cpu" and small and known and cpu.multiplies(dtype):
         return cpu.Product(weight, bias, epsilon, gated=act is not None)
     product = _product(weight, bias)
 
@@ -289,20 +290,14 @@ def _linear(
 
 
 def _product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """Of what has the dtype `Weights.dtype`."""
     dtype = weight.dtype
+    if weight.device.type == "cuda" or dtype == torch.float32 and weight.numel() < _PACK:
+        return lambda x: F.linear(x, weight, bias)
     if products.slow(dtype, weight.device):
-        product = _product(weight.float(), None if bias is None else bias.float())
-        return lambda x: product(x.float()).to(dtype)
-    known = dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
-    if weight.device.type == "cpu" and weight.numel() >= _PACK and known:
+        return _product(weight.float(), None if bias is None else bias.float())
+    if dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available():
         # F.linear lays such a matrix out for oneDNN at every product, in a third of its time.
         packed, product = torch.ops.mkldnn._reorder_linear_weight(weight), torch.ops.mkldnn._linear_pointwise
-        slow = _AMX_SLOW if dtype == torch.bfloat16 and torch.cpu.get_capabilities().get("amx_bf16") else ()
-
-        def packed_product(x: Tensor) -> Tensor:
-            rows = len(x)
-            x = F.pad(x, (0, 0, 0, _AMX_SLOW.stop - rows)) if rows in slow else x
-            return product(x, packed, bias, "none", [], "")[:rows]
-
-        return packed_product
-    return lambda x: F.linear(x, weight, bias)
+        return lambda x: product(x.to(dtype), packed, bias, "none", [], "").float()
+    return lambda x: F.linear(x.to(dtype), weight, bias).float()
