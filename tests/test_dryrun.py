@@ -173,7 +173,7 @@ def test_a_cpus_sampler_keeps_all_weights_laid_out_for_its_products(monkeypatch,
     p = config.load_run("smoke.yaml", {"model.dtype": "bfloat16"})
     model, rows = dryrun.empty_model(p), p.sampling.rows_per_batch
     words = rows * model.config.vocab_size
-    assert parts_of(p)["and: sampling"] == model.num_parameters() * bytes_kept + words * 2 * 2 + words * 16
+    assert parts_of(p)["and: sampling"] == model.num_parameters() * bytes_kept + words * 2 * 4 + words * 16
 
 
 def test_a_draw_holds_at_most_16_bytes_an_entry_at_once(monkeypatch):

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from meml_lib import config
 from meml_lib.analysis import figures
 from meml_lib.pipeline import launch, watch
-from meml_lib.rollouts import decoder, native, uniforms, vllm
+from meml_lib.rollouts import cpu, decoder, native, uniforms, vllm
 from meml_lib.runs import RunFolder
 from meml_lib.training import dryrun
 from meml_lib.training.policy import Row
@@ -263,11 +263,10 @@ def make(name: str, dtype=torch.float32) -> torch.nn.Module:
     """Random weights, norms and biases among them, large enough that the position of a token matters."""
     options, runs = MODELS[name]
     known = AutoConfig.for_model(name.split(",")[0], **(SIZES | options))
-    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(known).eval()
     for weight in model.parameters():
-        scale = 0.3 if weight.dim() == 1 else 2 / weight.shape[-1] ** 0.5
-        weight.data.add_(scale * torch.randn(weight.shape, generator=generator))
+        weight.data.add_((0.3 if weight.dim() == 1 else 2 / weight.shape[-1] ** 0.5) * torch.randn(weight.shape))
     assert decoder.fits(model, 40) == runs
     return model.to(dtype)
 
@@ -332,21 +331,26 @@ def test_looking_rarely_changes_nothing(monkeypatch, check, refill):
     agree(model, got)
 
 
-@pytest.mark.parametrize("amx", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_are_the_same_compiled_laid_out_for_onednn_or_not(monkeypatch, dtype, amx):
+def test_products_are_the_same_compiled_laid_out_for_onednn_or_not(monkeypatch, dtype):
     model = make("llama, untied, biases", dtype)
-    plain = decoder.Weights(model)
+    compiled = decoder.Weights(model)
+    monkeypatch.setattr(cpu, "multiplies", lambda dtype: False)
+    others = [decoder.Weights(model)]
     monkeypatch.setattr(decoder, "_PACK", 0)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
-    packed = decoder.Weights(model)
+    others.append(decoder.Weights(model))
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    others.append(decoder.Weights(model))
+    apart = 1e-5 if dtype == torch.float32 else 0.02  # oneDNN's outputs are rounded to bfloat16 too
     for rows in (1, 7, 17, 32, 96):
-        x = torch.randn(rows, 32, generator=torch.Generator().manual_seed(rows)).to(dtype)
-        one, other = (w.layers[1] for w in (packed, plain))
-        for product in ("qkv", "gated"):
-            torch.testing.assert_close(getattr(one, product)(x), getattr(other, product)(x))
-        torch.testing.assert_close(one.down(one.gated(x), x.clone()), other.down(other.gated(x), x.clone()))
-        torch.testing.assert_close(packed.head(x), plain.head(x))
+        x = torch.randn(rows, 32, generator=torch.Generator().manual_seed(rows))
+        for weights in others:
+            one, other = (w.layers[1] for w in (weights, compiled))
+            pairs = [(getattr(one, product)(x), getattr(other, product)(x)) for product in ("qkv", "gated")]
+            pairs.append((one.down(one.gated(x), x.clone()), other.down(other.gated(x), x.clone())))
+            for got, want in (*pairs, (weights.head(x), compiled.head(x))):
+                assert got.dtype == want.dtype == torch.float32 and (got - want).norm() < apart * want.norm()
+    monkeypatch.undo()
     if dtype is torch.float32:
         agree(model, answers(model))
 

@@ -77,7 +77,7 @@ class Weights:
         q = q[:, self._pairs].unflatten(0, (self.kv_heads, self.shared))
         self._order = torch.cat((q, k[:, None, self._pairs], v[:, None]), dim=1).flatten()
         self.rotary = base.model.rotary_emb
-        self.dtype = base.dtype if model.device.type == "cuda" else torch.float32
+        self.dtype = base.model.embed_tokens.weight.dtype if model.device.type == "cuda" else torch.float32
         """Of what stands between products, and of cached keys and values."""
         self.embedding, self.head = base.model.embed_tokens.weight, _linear(base.lm_head)
         self._final = base.model.norm.weight.float()
@@ -273,6 +273,8 @@ def _linear(
     weight = weight.to(dtype)
     if order is not None:
         weight, bias = weight[order], None if bias is None else bias[order]
+    if products.slow(dtype, weight.device):
+        dtype, weight, bias = torch.float32, weight.float(), None if bias is None else bias.float()
     small = dtype == torch.bfloat16 or weight.numel() < _PACK
     known = act is None or type(act) is type(ACT2FN["silu"]) and cpu.gates(len(weight))
     if weight.device.type == "cpu" and small and known and cpu.multiplies(dtype):
@@ -294,8 +296,6 @@ def _product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     dtype = weight.dtype
     if weight.device.type == "cuda" or dtype == torch.float32 and weight.numel() < _PACK:
         return lambda x: F.linear(x, weight, bias)
-    if products.slow(dtype, weight.device):
-        return _product(weight.float(), None if bias is None else bias.float())
     if dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available():
         # F.linear lays such a matrix out for oneDNN at every product, in a third of its time.
         packed, product = torch.ops.mkldnn._reorder_linear_weight(weight), torch.ops.mkldnn._linear_pointwise
