@@ -264,9 +264,10 @@ def make(name: str, dtype=torch.float32) -> torch.nn.Module:
     options, runs = MODELS[name]
     known = AutoConfig.for_model(name.split(",")[0], **(SIZES | options))
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(known).eval()
+    model, generator = AutoModelForCausalLM.from_config(known).eval(), torch.Generator().manual_seed(0)
     for weight in model.parameters():
-        weight.data.add_((0.3 if weight.dim() == 1 else 2 / weight.shape[-1] ** 0.5) * torch.randn(weight.shape))
+        scale = 0.3 if weight.dim() == 1 else 2 / weight.shape[-1] ** 0.5
+        weight.data.add_(scale * torch.randn(weight.shape, generator=generator))
     assert decoder.fits(model, 40) == runs
     return model.to(dtype)
 
