@@ -152,6 +152,67 @@ def test_a_processor_with_tiles_uses_them():
     assert cpu.multiplies(torch.bfloat16)  # the compiler here knows them (gcc 11, clang 11); else one of its errors hid
 
 
+def plain_and_compiled(plain, compiled, *inputs):
+    """Both results and both gradients of the inputs, the compiled ones as one list."""
+    inputs = [x.requires_grad_() for x in inputs]
+    out = plain(*inputs)
+    grad = torch.randn_like(out)
+    return [out, *torch.autograd.grad(out, inputs, grad)], compiled(grad, *(x.detach() for x in inputs))
+
+
+CLOSE = {torch.float32: {"atol": 1e-5, "rtol": 1e-5}, torch.bfloat16: {"atol": 0.02, "rtol": 0.02}}
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize("shape", [(1, 576), (3, 7, 20), (1, 700, 96)])
+def test_an_updates_norm_and_its_gradients_are_torchs(dtype, shape):
+    def plain(x, weight):
+        return torch.nn.functional.rms_norm(x, shape[-1:], None, 1e-5) * weight
+
+    def compiled(grad, x, weight):
+        y, scale = cpu.norm(x, weight, 1e-5)
+        return y, *cpu.norm_back(grad, x, weight, scale)
+
+    x, weight = 3 * torch.randn(shape), torch.rand(shape[-1]) + 0.5
+    wanted, found = plain_and_compiled(plain, compiled, x.to(dtype), weight.to(dtype))
+    for want, got in zip(wanted, found, strict=True):
+        assert got.dtype == dtype and (got - want).norm() < CLOSE[dtype]["rtol"] * want.norm()
+    aside = torch.cat((x, x), -1)[..., : shape[-1]].to(dtype)  # does not adjoin
+    assert cpu.norm(aside, weight.to(dtype), 1e-5)[0].equal(found[0])
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize("shape", [(1, 5), (2, 37, 48), (1, 700, 96)])
+def test_a_gate_and_its_gradients_are_torchs(dtype, shape):
+    def plain(gate, up):
+        return torch.nn.functional.silu(gate) * up
+
+    def compiled(grad, gate, up):
+        return cpu.gate(gate, up), *cpu.gate_back(grad, gate, up)
+
+    gate, up = 20 * torch.randn(shape), torch.randn(shape)
+    gate.flatten()[:3] = torch.tensor([-200.0, 0.0, 200.0])
+    for want, got in zip(*plain_and_compiled(plain, compiled, gate.to(dtype), up.to(dtype)), strict=True):
+        torch.testing.assert_close(got, want, **CLOSE[dtype])
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize(("rows", "words"), [(1, 61), (33, 157), (9, 49152)])
+def test_a_tokens_score_and_its_gradient_are_torchs(dtype, rows, words):
+    logits_NV, token_N = (4 * torch.randn(rows, words)).to(dtype), torch.randint(words, (rows,))
+    logits_NV[0, ::2] = -torch.inf
+    token_N[0] = 1
+    exact_NV = logits_NV.double().requires_grad_()
+    logp_N = exact_NV.log_softmax(-1).gather(-1, token_N[:, None])[:, 0]
+    grad_N = torch.randn(rows)
+    [expected] = torch.autograd.grad(logp_N, exact_NV, grad_N.double())
+    lse_N, told_N = cpu.score(logits_NV, token_N)
+    torch.testing.assert_close(lse_N.double(), exact_NV.logsumexp(-1), atol=2e-6, rtol=2e-6)
+    torch.testing.assert_close(told_N.double(), logp_N, atol=2e-6, rtol=2e-6)
+    cpu.score_back(logits_NV, token_N, lse_N, grad_N)
+    torch.testing.assert_close(logits_NV, expected.to(dtype), atol=1e-6, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
     """A machine that has compiled nothing yet. Returns: where the compiled loops are kept."""
@@ -201,6 +262,9 @@ def test_what_c_could_not_read_is_refused():
             product(x)
     with pytest.raises(TypeError, match="strides"):
         product(torch.randn(3, 8), into=torch.randn(32, 3).T)
+    for norm in (torch.ones(8).bfloat16(), torch.ones(8).double()):
+        with pytest.raises(TypeError, match=rf"cpu.norm: a {norm.dtype} tensor .* for torch.float32"):
+            cpu.norm(torch.randn(3, 8), norm, 1e-5)
     own, prompt = cpu.answers_cache(1, 16, 8), cpu.prompts_cache(*torch.randn(2, 1, 5, 8))
     of = torch.ones(1, 4, dtype=torch.complex64), prompt, own, torch.zeros(1, dtype=torch.long), torch.tensor([5])
     with pytest.raises(IndexError, match="token 16 of an answer with room for 16"):

@@ -1,4 +1,4 @@
-/* What a decode step leaves to loops of its own on a CPU. Compiled and described by cpu.py. */
+/* What a decode step and an update leave to loops of their own on a CPU. Compiled and described by cpu.py. */
 
 #include <math.h>
 #include <stdint.h>
@@ -17,6 +17,19 @@
 #endif
 #define WHOLE(n) (((n) + LANES - 1) / LANES * LANES)
 typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+/* To bfloat16, and back. */
+static inline uint16_t rounded(float x)
+{
+    union { float real; uint32_t bits; } n = {x};
+    return x == x ? (n.bits + 0x7fff + (n.bits >> 16 & 1)) >> 16 : 0x7fc0;
+}
+
+static inline float widened(uint16_t x)
+{
+    union { uint32_t bits; float real; } n = {(uint32_t)x << 16};
+    return n.real;
+}
 
 /* e^x for x <= 0, to 2 units in the last place; 0 below e^-87. */
 static inline float power(float x)
@@ -105,7 +118,7 @@ void attend(const float *qkv, const float *turn_N, const float *prompt_k, const 
         for (long from = 0; from < shared; from += 4) { /* queries that read each key and value once */
             const int asked = shared - from < 4 ? shared - from : 4;
             for (int s = 0; s < asked; s++) turn(turned + s * size, x + (from + s) * size, turn_N + n * size, size);
-            memset(score, 0, sizeof score);
+            memset(score, 0, asked * apart * sizeof *score);
             add_weighted(score, apart, turned, size, k_of_prompt, size, LANES, size * LANES, asked, width / LANES);
             add_weighted(score + width, apart, turned, size, k, size, LANES, size * LANES, asked, at / LANES + 1);
             float mass[4];
@@ -118,7 +131,7 @@ void attend(const float *qkv, const float *turn_N, const float *prompt_k, const 
                 for (long t = 0; t < keys; t++) sum += own[t] = power(own[t] - most);
                 mass[s] = sum;
             }
-            memset(mixed, 0, sizeof mixed);
+            memset(mixed, 0, asked * wide * sizeof *mixed);
             add_weighted(mixed, wide, score, apart, prompt_v + p * width * wide, far, wide, LANES, asked, wide / LANES);
             add_weighted(mixed, wide, score + width, apart, v, at + 1, wide, LANES, asked, wide / LANES);
             for (int s = 0; s < asked; s++)
@@ -223,12 +236,6 @@ static const struct {
     uint8_t rows[16];
 } EIGHT_TILES = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
-static inline uint16_t rounded(float x)
-{
-    union { float real; uint32_t bits; } n = {x};
-    return x == x ? (n.bits + 0x7fff + (n.bits >> 16 & 1)) >> 16 : 0x7fc0;
-}
-
 /* W [M, K] as `tile_product` reads it. order: of each of its outputs, in blocks of 32, the row of W; none below 0. */
 void lay_tiles(const uint16_t *weight, const int64_t *order, uint16_t *tiles, int64_t count, int64_t inputs, int64_t threads)
 {
@@ -309,6 +316,92 @@ void tile_product(const float *x, uint16_t *narrow, const uint16_t *tiles, const
 }
 #endif
 
+/* An update's loops work on bfloat16 (half) or float32 and round where torch's operations would. INLINE is compiled for both,
+   within the parallel loops, which would hide which of them it is. */
+#define INLINE static inline __attribute__((always_inline))
+#define FOR_BOTH(call, ...) do { if (half) call(__VA_ARGS__, 1); else call(__VA_ARGS__, 0); } while (0)
+
+INLINE float get(const void *x, long i, const int half) { return half ? widened(((const uint16_t *)x)[i]) : ((const float *)x)[i]; }
+INLINE float kept(float x, const int half) { return half ? widened(rounded(x)) : x; }
+INLINE void put(void *x, long i, float y, const int half)
+{
+    if (half) ((uint16_t *)x)[i] = rounded(y);
+    else ((float *)x)[i] = y;
+}
+
+INLINE void norm_row(const void *x, const void *weight, void *y, float *scale, long n, long size, double epsilon, const int half)
+{
+    float own[size];
+    for (long d = 0; d < size; d++) own[d] = get(x, n * size + d, half);
+    const float by = scale[n] = norm_scale(own, size, epsilon);
+    for (long d = 0; d < size; d++) put(y, n * size + d, get(weight, d, half) * kept(own[d] * by, half), half);
+}
+
+void norm(const void *x, const void *weight, void *y, float *scale, int64_t rows, int64_t size, double epsilon, int64_t half,
+          int64_t threads)
+{
+#pragma omp parallel for num_threads(threads)
+    for (long n = 0; n < rows; n++) FOR_BOTH(norm_row, x, weight, y, scale, n, size, epsilon);
+}
+
+INLINE void norm_row_back(const void *grad, const void *x, const void *weight, const float *scale, void *grad_x, float *sum, long n,
+                          long size, const int half)
+{
+    float unit[size], slope[size], along = 0.0f;
+    for (long d = 0; d < size; d++) {
+        const float g = get(grad, n * size + d, half);
+        unit[d] = get(x, n * size + d, half) * scale[n];
+        slope[d] = kept(g * get(weight, d, half), half);
+        sum[d] += g * kept(unit[d], half);
+    }
+#pragma omp simd reduction(+ : along)
+    for (long d = 0; d < size; d++) along += slope[d] * unit[d];
+    along /= size;
+    for (long d = 0; d < size; d++) put(grad_x, n * size + d, (slope[d] - unit[d] * along) * scale[n], half);
+}
+
+/* grad_weight: zeros, of so many parts of the rows. */
+void norm_back(const void *grad, const void *x, const void *weight, const float *scale, void *grad_x, float *grad_weight,
+               int64_t rows, int64_t size, int64_t parts, int64_t half, int64_t threads)
+{
+#pragma omp parallel for num_threads(threads)
+    for (long part = 0; part < parts; part++)
+        for (long n = part * rows / parts; n < (part + 1) * rows / parts; n++)
+            FOR_BOTH(norm_row_back, grad, x, weight, scale, grad_x, grad_weight + part * size, n, size);
+}
+
+#define SHARE 4096 /* numbers that a thread takes at a time */
+
+INLINE void gate_share(const void *gate, const void *up, void *y, long from, long end, const int half)
+{
+    for (long i = from; i < end; i++) put(y, i, kept(silu(get(gate, i, half)), half) * get(up, i, half), half);
+}
+
+void gate(const void *gate, const void *up, void *y, int64_t count, int64_t half, int64_t threads)
+{
+#pragma omp parallel for num_threads(threads)
+    for (long i = 0; i < count; i += SHARE) FOR_BOTH(gate_share, gate, up, y, i, i + SHARE < count ? i + SHARE : count);
+}
+
+INLINE void gate_share_back(const void *grad, const void *gate, const void *up, void *grad_gate, void *grad_up, long from, long end,
+                            const int half)
+{
+    for (long i = from; i < end; i++) {
+        const float g = get(grad, i, half), x = get(gate, i, half), p = power(x < 0.0f ? x : -x);
+        const float sigmoid = (x < 0.0f ? p : 1.0f) / (1.0f + p);
+        put(grad_gate, i, kept(g * get(up, i, half), half) * sigmoid * (1.0f + x * (1.0f - sigmoid)), half);
+        put(grad_up, i, g * kept(x * sigmoid, half), half);
+    }
+}
+
+void gate_back(const void *grad, const void *gate, const void *up, void *grad_gate, void *grad_up, int64_t count, int64_t half,
+               int64_t threads)
+{
+#pragma omp parallel for num_threads(threads)
+    for (long i = 0; i < count; i += SHARE)
+        FOR_BOTH(gate_share_back, grad, gate, up, grad_gate, grad_up, i, i + SHARE < count ? i + SHARE : count);
+}
+
 #define BLOCK 64 /* words whose probabilities are summed before one of the blocks, then one of its words is drawn */
 
 /* The first word that takes the sum of probabilities above the target; where rounding leaves none, the last possible. */
@@ -370,4 +463,49 @@ void choose(const float *logits, const double *uniform, int64_t *token, float *l
         logp[n] = x[chosen] - most - log(mass);
         entropy[n] = log(mass) - mixed / mass;
     }
+}
+
+INLINE void score_row(const void *logits, const int64_t *token, float *lse, float *logp, long n, long words, const int half)
+{
+    float most = -INFINITY;
+    double mass = 0.0;
+#pragma omp simd reduction(max : most)
+    for (long t = 0; t < words; t++) {
+        const float x = get(logits, n * words + t, half);
+        most = x > most ? x : most;
+    }
+    for (long from = 0; from < words; from += BLOCK) {
+        const long end = from + BLOCK < words ? from + BLOCK : words;
+        float here = 0.0f;
+#pragma omp simd reduction(+ : here)
+        for (long t = from; t < end; t++) here += power(get(logits, n * words + t, half) - most);
+        mass += here;
+    }
+    lse[n] = most + log(mass);
+    logp[n] = get(logits, n * words + token[n], half) - most - log(mass);
+}
+
+void score(const void *logits, const int64_t *token, float *lse, float *logp, int64_t rows, int64_t words, int64_t half,
+           int64_t threads)
+{
+#pragma omp parallel for num_threads(threads)
+    for (long n = 0; n < rows; n++) FOR_BOTH(score_row, logits, token, lse, logp, n, words);
+}
+
+INLINE void score_row_back(void *logits, const int64_t *token, const float *lse, const float *grad, long n, long words, const int half)
+{
+    const float own = get(logits, n * words + token[n], half) - lse[n];
+    for (long t = 0; t < words; t++) {
+        const float x = get(logits, n * words + t, half) - lse[n];
+        put(logits, n * words + t, -grad[n] * power(x < 0.0f ? x : 0.0f), half);
+    }
+    put(logits, n * words + token[n], grad[n] * (1.0f - power(own < 0.0f ? own : 0.0f)), half);
+}
+
+/* Logits become the gradient by them. */
+void score_back(void *logits, const int64_t *token, const float *lse, const float *grad, int64_t rows, int64_t words,
+                int64_t half, int64_t threads)
+{
+#pragma omp parallel for num_threads(threads)
+    for (long n = 0; n < rows; n++) FOR_BOTH(score_row_back, logits, token, lse, grad, n, words);
 }

@@ -1,6 +1,7 @@
-"""What a decode step leaves to loops of its own on a CPU, in C: the counterpart of `kernels`.
+"""What a decode step and an update leave to loops of their own on a CPU, in C; a decode step's are the counterpart of `kernels`.
 
-torch's operations on a step's few numbers take longer to begin than to end. `cpu.c` is compiled by the machine's own
+torch's operations on a step's few numbers take longer to begin than to end; on an update's many they fetch them from memory
+again for each operation. `cpu.c` is compiled by the machine's own
 compiler (`CC`, else cc), for its own instructions, and kept in the user's cache; that takes a second or two, once.
 """
 
@@ -31,8 +32,15 @@ _ARGUMENTS = {
     "tile_product": "FBBFFiiidiii",
     "rms_norm": "FFiidi",
     "choose": "FDLFFiidi",
+    "norm": "AAAFiidii",
+    "norm_back": "AAAFAFiiiii",
+    "gate": "AAAiii",
+    "gate_back": "AAAAAiii",
+    "score": "ALFFiiii",
+    "score_back": "ALFFiiii",
 }
-"""Of each function of cpu.c: tensors (F: float32, B: bfloat16, D: float64, L: int64), i: int64, d: double."""
+"""Of each function of cpu.c: tensors (F: float32, B: bfloat16, D: float64, L: int64, A: either of the first two, all of the
+same), i: int64, d: double. The last is the number of threads; where there are A, whether they are bfloat16 comes before it."""
 _TENSORS = {"F": torch.float32, "B": torch.bfloat16, "D": torch.float64, "L": torch.int64}
 
 
@@ -69,9 +77,9 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
-def serves(device: torch.device) -> bool:
-    """Whether the loops run there; the first answer for a CPU compiles them."""
-    return device.type == "cpu" and library() is not None
+def serves(device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether the loops run there, on such numbers; the first answer for a CPU compiles them."""
+    return device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and library() is not None
 
 
 def multiplies(dtype: torch.dtype) -> bool:
@@ -95,13 +103,18 @@ def _loaded(file: str | Path) -> ctypes.CDLL:
 
 
 def _run(name: str, *arguments: Tensor | float) -> None:
-    told = []
-    for kind, x in zip(_ARGUMENTS[name], arguments, strict=False):  # but for the last, the threads
+    told, either = [], None
+    for kind, x in zip(_ARGUMENTS[name], arguments, strict=False):  # but for the last
         if isinstance(x, Tensor):
-            if not (x.dtype is _TENSORS[kind] and x.is_cpu and x.is_contiguous()):
-                raise TypeError(f"cpu.{name}: a {x.dtype} tensor on {x.device}, strides {x.stride()}, for {_TENSORS[kind]}")
+            if kind == "A" and either is None and x.dtype in (torch.float32, torch.bfloat16):
+                either = x.dtype
+            wanted = _TENSORS.get(kind, either)
+            if not (x.dtype is wanted and x.is_cpu and x.is_contiguous()):
+                raise TypeError(f"cpu.{name}: a {x.dtype} tensor on {x.device}, strides {x.stride()}, for {wanted}")
             x = x.data_ptr()
         told.append(x)
+    if either is not None:
+        told.append(either == torch.bfloat16)
     getattr(library(), name)(*told, torch.get_num_threads())
 
 
@@ -203,3 +216,50 @@ def choose(logits_NV: Tensor, uniform_N: Tensor, temperature: float | None) -> t
     uniform_N = uniform_N.double().contiguous()
     _run("choose", exact, uniform_N, token_N, logp_N, entropy_N, *exact.shape, float(temperature or 0.0))
     return token_N, logp_N, entropy_N
+
+
+# --- an update's ------------------------------------------------------------------------------------------------------
+
+
+def norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """RMSNorm of x [.., D], in float32, and what each row was multiplied by [.., 1], which `norm_back` wants."""
+    x = x.contiguous()
+    y, scale = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+    _run("norm", x, weight, y, scale, scale.numel(), x.shape[-1], float(epsilon))
+    return y, scale
+
+
+def norm_back(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients by x and by the weight."""
+    x, parts = x.contiguous(), torch.get_num_threads()
+    grad_x, sums = torch.empty_like(x), x.new_zeros(parts, x.shape[-1], dtype=torch.float32)
+    _run("norm_back", grad.contiguous(), x, weight, scale, grad_x, sums, scale.numel(), x.shape[-1], parts)
+    return grad_x, sums.sum(0).to(weight.dtype)
+
+
+def gate(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
+    _run("gate", gate, up, out, out.numel())
+    return out
+
+
+def gate_back(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients by gate and by up."""
+    gate, up = gate.contiguous(), up.contiguous()
+    grads = torch.empty_like(gate), torch.empty_like(up)
+    _run("gate_back", grad.contiguous(), gate, up, *grads, gate.numel())
+    return grads
+
+
+def score(logits_NV: Tensor, token_N: Tensor) -> tuple[Tensor, Tensor]:
+    """log sum exp of each row, and its token's log-probability, [N], float32."""
+    lse_N, logp_N = torch.empty(2, len(logits_NV))
+    _run("score", logits_NV, token_N, lse_N, logp_N, *logits_NV.shape)
+    return lse_N, logp_N
+
+
+def score_back(logits_NV: Tensor, token_N: Tensor, lse_N: Tensor, grad_N: Tensor) -> None:
+    """Logits become the gradient by them, of a gradient by the tokens' log-probabilities."""
+    _run("score_back", logits_NV, token_N, lse_N, grad_N, *logits_NV.shape)

@@ -135,18 +135,18 @@ def pass_bytes(
     """About the most bytes alive at once while a prompt and its answers are trained on, beside weights and gradients.
 
     Of each token, a layer keeps four vectors as wide as the model, two as its MLP (`lean`; else four), three as its heads,
-    and has two more as its MLP and two of the model's in float32 as it passes; of each answer it keeps keys and values of
-    all it sees for all heads, and the attention's mask. The output layer holds a slab of logits, a chunk of it in float32,
-    and its weight's gradient: summed in float32 where there are several slabs. With `again` (gradient checkpointing) a
-    layer keeps what comes into it, and one at a time the rest and its gradients. A tied output layer's gradient waits for
-    the embedding's, with `again` also for their sum.
+    and has one and a half more as its MLP (`again`: two) and two of the model's in float32 as it passes; of each answer it
+    keeps keys and values of all it sees for all heads, and the attention's mask. The output layer holds a slab of logits, a
+    chunk of it in float32 (a CPU's compiled loops: none), and its weight's gradient: summed in float32 where there are
+    several slabs. With `again` (gradient checkpointing) a layer keeps what comes into it, and one at a time the rest and its
+    gradients. A tied output layer's gradient waits for the embedding's, with `again` also for their sum.
     Traced passes of Llama- and Qwen-shaped models differ by 5 %, of very small ones by 30 % (`tests/test_dryrun.py`).
     """
     c, size, heads = model.config, model.dtype.itemsize, model.config.num_attention_heads * _head(model.config)
     tokens, seen = prompt_tokens + answers * answer_tokens, prompt_tokens + answer_tokens
     kept = 2 if packing.packs(model) and any(map(lean.is_gated, model.modules())) else 4
     layer = tokens * size * (4 * c.hidden_size + kept * c.intermediate_size + 3 * heads)
-    passing = tokens * (2 * size * c.intermediate_size + 2 * 4 * c.hidden_size)
+    passing = tokens * ((4 if again else 3) * size * c.intermediate_size // 2 + 2 * 4 * c.hidden_size)
     layer += answers * seen * size * (2 * heads + answer_tokens)
     logits = answers * answer_tokens * c.vocab_size * size
     slab, chunk = head.sizes(device)

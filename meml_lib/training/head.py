@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from meml_lib.rollouts import cpu
 from meml_lib.training.losses import Part, WeighedRow
 from meml_lib.training.policy import Row
 
@@ -99,13 +100,8 @@ class AnswerLoss:
     def of(self, logits_cV: Tensor, start: int, head: Callable[[Tensor], Tensor]) -> Tensor:
         """The scaled sum over the answer tokens from `start` on; their logits become its gradient by them."""
         end = start + len(logits_cV)
-        token_c1 = self._token_n[start:end, None]
-        logits_cV, given_cV = logits_cV.float(), logits_cV
-        p_cV = logits_cV.softmax(-1)
-        # The largest probability is exp(largest logit - logsumexp): no further pass of exponentials.
-        lse_c1 = logits_cV.amax(-1, keepdim=True) - p_cV.amax(-1, keepdim=True).log()
-        logp_c1 = (logits_cV.gather(-1, token_c1) - lse_c1).requires_grad_()
-        wide_cV = [] if self._best_mF is None else [(logits_cV - lse_c1).requires_grad_()]
+        scored = _scored_compiled if self.is_compiled(logits_cV) else _scored
+        logp_c1, wide_cV, give_gradient = scored(logits_cV, self._token_n[start:end], self._best_mF is not None)
         with torch.enable_grad():
             total = 0.0
             for term in self._terms:
@@ -120,14 +116,37 @@ class AnswerLoss:
                 loss = part.formula(*seen, torch.ones(len(at_k), 1, dtype=torch.bool, device=at_k.device), weight_k)
                 self.losses[term.part] += loss.detach()
                 total = total + self._scales[term.part] * loss
-        grad_c1, *wide_grad_cV = torch.autograd.grad(total, [logp_c1, *wide_cV], materialize_grads=True)
+        give_gradient(*torch.autograd.grad(total, [logp_c1, *wide_cV], materialize_grads=True))
+        return total.detach()
+
+    def is_compiled(self, x: Tensor) -> bool:
+        """Whether compiled loops make probabilities and gradients of such logits, without copies of them."""
+        return self._best_mF is None and cpu.serves(x.device, x.dtype)
+
+
+def _scored(logits_cV: Tensor, token_c: Tensor, wide: bool) -> tuple[Tensor, list[Tensor], Callable[..., None]]:
+    """Returns: log-probabilities [c, 1] of the tokens and, if wanted, of all words [c, V], both to be differentiated by;
+    and what takes these gradients and writes that by the logits in their place."""
+    exact_cV, token_c1 = logits_cV.float(), token_c[:, None]
+    p_cV = exact_cV.softmax(-1)
+    # The largest probability is exp(largest logit - logsumexp): no further pass of exponentials.
+    lse_c1 = exact_cV.amax(-1, keepdim=True) - p_cV.amax(-1, keepdim=True).log()
+
+    def give_gradient(grad_c1: Tensor, *wide_grad_cV: Tensor) -> None:
         # log p = logits - logsumexp(logits): a gradient g by log p is g - sum(g) p by the logits.
         sum_c1 = sum((g_cV.sum(-1, keepdim=True) for g_cV in wide_grad_cV), grad_c1)
         grad_cV = p_cV.mul_(-sum_c1)
         for g_cV in wide_grad_cV:
             grad_cV += g_cV
-        given_cV.copy_(grad_cV.scatter_add_(-1, token_c1, grad_c1))
-        return total.detach()
+        logits_cV.copy_(grad_cV.scatter_add_(-1, token_c1, grad_c1))
+
+    logp_c1 = (exact_cV.gather(-1, token_c1) - lse_c1).requires_grad_()
+    return logp_c1, [(exact_cV - lse_c1).requires_grad_()] if wide else [], give_gradient
+
+
+def _scored_compiled(logits_cV: Tensor, token_c: Tensor, wide: bool) -> tuple[Tensor, list[Tensor], Callable[..., None]]:
+    lse_c, logp_c = cpu.score(logits_cV, token_c)
+    return logp_c[:, None].requires_grad_(), [], lambda grad_c1: cpu.score_back(logits_cV, token_c, lse_c, grad_c1[:, 0])
 
 
 class _InSlabs(torch.autograd.Function):
@@ -140,7 +159,8 @@ class _InSlabs(torch.autograd.Function):
 
         wide = x_nF.shape[-1] if weight_VF is None else len(weight_VF)
         slab_bytes, chunk_bytes = sizes(x_nF.device.type)
-        slab, chunk = max(1, slab_bytes // (wide * x_nF.itemsize)), max(1, chunk_bytes // (wide * 4))
+        slab = max(1, slab_bytes // (wide * x_nF.itemsize))
+        chunk = slab if loss.is_compiled(x_nF) else max(1, chunk_bytes // (wide * 4))
         total, grad_x, grad_weight, grad_bias = 0.0, torch.empty_like(x_nF), None, None
         for start in range(0, len(x_nF), slab):
             x_sF = x_nF[start : start + slab]

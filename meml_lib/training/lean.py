@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from meml_lib.rollouts import cpu
 from meml_lib.training import packing
 
 
@@ -55,15 +56,21 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        exact = x.float()
-        scale = torch.linalg.vecdot(exact, exact).div_(x.shape[-1]).add_(epsilon).rsqrt_()[..., None]
+        if cpu.serves(x.device, x.dtype):
+            y, scale = cpu.norm(x, weight, epsilon)
+        else:
+            exact = x.float()
+            scale = torch.linalg.vecdot(exact, exact).div_(x.shape[-1]).add_(epsilon).rsqrt_()[..., None]
+            y = weight * (exact * scale).to(x.dtype)
         ctx.save_for_backward(x, weight, scale)
-        return weight * (exact * scale).to(x.dtype)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight, scale = ctx.saved_tensors
+        if cpu.serves(x.device, x.dtype):
+            return *cpu.norm_back(grad, x, weight, scale), None
         unit = x.float() * scale
         grad_weight = (grad * unit.to(x.dtype)).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         grad_unit = (grad * weight).float()
@@ -72,35 +79,36 @@ class _Norm(torch.autograd.Function):
 
 
 def _mlp(module: nn.Module, x: Tensor) -> Tensor:
-    gate, up, shared = module.gate_proj(x), module.up_proj(x), []
-    gated = _Gated.apply(gate, up, shared)
+    gate, up = module.gate_proj(x), module.up_proj(x)
+    gated = _Gated.apply(gate, up)
     storage, parts = gated.untyped_storage()._cdata, (gate.detach(), up.detach())
 
     def keep(tensor: Tensor) -> Tensor | torch.Size:
         return tensor.shape if tensor.untyped_storage()._cdata == storage else tensor
 
     def give(kept: Tensor | torch.Size) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
-        shared[:] = [functional.silu(parts[0])]
-        return (shared[0] * parts[1]).view(kept)
+        return kept if isinstance(kept, Tensor) else _Gated.of(*parts).view(kept)
 
     with saved_tensors_hooks(keep, give):  # down_proj may have adapters, which want the same input
         return module.down_proj(gated)
 
 
 class _Gated(torch.autograd.Function):
-    """silu(gate) * up; keeps these two. `shared`: silu(gate), where the backward pass had to compute it already."""
+    """silu(gate) * up; keeps these two."""
 
     @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor, shared: list[Tensor]) -> Tensor:
+    def of(gate: Tensor, up: Tensor) -> Tensor:
+        return cpu.gate(gate, up) if cpu.serves(gate.device, gate.dtype) else functional.silu(gate).mul_(up)
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.shared = shared
-        return functional.silu(gate).mul_(up)
+        return _Gated.of(gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         gate, up = ctx.saved_tensors
-        silu = ctx.shared.pop() if ctx.shared else functional.silu(gate)
-        return torch.ops.aten.silu_backward(grad * up, gate), silu.mul_(grad), None
+        if cpu.serves(gate.device, gate.dtype):
+            return cpu.gate_back(grad, gate, up)
+        return torch.ops.aten.silu_backward(grad * up, gate), functional.silu(gate).mul_(grad)
