@@ -55,8 +55,12 @@ class _Norm(torch.autograd.Function):
     """y = weight * x / rms(x), each row in float32; keeps x and one number a row."""
 
     @staticmethod
+    def compiled(x: Tensor, weight: Tensor) -> bool:
+        return cpu.serves(x.device, x.dtype) and weight.dtype == x.dtype
+
+    @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        if cpu.serves(x.device, x.dtype):
+        if _Norm.compiled(x, weight):
             y, scale = cpu.norm(x, weight, epsilon)
         else:
             exact = x.float()
@@ -69,7 +73,7 @@ class _Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight, scale = ctx.saved_tensors
-        if cpu.serves(x.device, x.dtype):
+        if _Norm.compiled(x, weight):
             return *cpu.norm_back(grad, x, weight, scale), None
         unit = x.float() * scale
         grad_weight = (grad * unit.to(x.dtype)).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
