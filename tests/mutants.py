@@ -14,6 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LOSSES, CREDIT, BUFFER = "meml_lib/training/losses.py", "meml_lib/training/credit.py", "meml_lib/training/buffer.py"
 PACKING, PLAIN = "meml_lib/training/packing.py", "test_packing.py::test_a_packed_update_is_the_plain_one_whatever_the_micro_batch"
+LEAN, CPU, KERNELS = "meml_lib/training/lean.py", "meml_lib/rollouts/cpu.c", "test_kernels.py::test_"
 NLL = "    return -(weight_N[:, None] * logp_NT.masked_fill(~mask_NT, 0.0)).sum()"
 GAP = "    gap_NT = best_logp_NT.detach() - logp_NT\n    return (weight_N[:, None] * gap_NT.masked_fill(~mask_NT, 0.0)).sum()"
 K2 = "0.5 * gap_NT.masked_fill(~mask_NT, 0.0).square()"
@@ -46,15 +47,19 @@ MUTANTS = [  # what is broken, file, text, its replacement, the test that must f
     ("the step is not in the draw's seed", "meml_lib/training/ask.py", "uniforms(*key, *k, count=limit)", "uniforms(*k, count=limit)", "test_riel.py::test_every_rollout_of_a_group_has_a_draw_of_its_own"),
     ("a truncated answer is graded", "meml_lib/training/ask.py", "if rollout.ended else (None, None)", "", "test_riel.py::test_a_truncated_answer_is_unreadable_whatever_it_holds"),
     ("denominator of the micro-batch, not the step", "meml_lib/training/learner.py", "AnswerLoss(parts, scales, rows", "AnswerLoss(parts, [s / len(rows) for s in scales], rows", "test_learner.py::test_micro_batch_size_cannot_change_the_update"),
-    ("a repeated row counts once", "meml_lib/training/learner.py", "uses.setdefault(row.row, []).append(Use(i, row, weight))", "uses[row.row] = [Use(i, row, weight)]", f"{PLAIN}[llama]"),
-    ("another prompt's answer is seen", PACKING, "key_PT.index_select(0, parent_N)", "key_PT.index_select(0, parent_N * 0)", f"{PLAIN}[llama]"),
-    ("a prompt's padding is seen", PACKING, "< prompt_tokens_P[:, None]", "< prompt_tokens_P.max()", f"{PLAIN}[llama]"),
-    ("answers see what follows", PACKING, "np.tri(width, dtype=bool)", "np.ones((width, width), dtype=bool)", f"{PLAIN}[llama]"),
-    ("prompts see what follows", PACKING, "masks = [np.tri(shapes[0][1], dtype=bool)]", "masks = [np.ones((shapes[0][1],) * 2, dtype=bool)]", f"{PLAIN}[llama]"),
-    ("answers' positions start at 0", PACKING, "prompt_tokens_P[parent_N].tolist()", "(0 * parent_N).tolist()", f"{PLAIN}[llama]"),
-    ("padding's gradient is kept", PACKING, "self.token_R, self.padding).view", "self.token_R, None).view", f"{PLAIN}[llama]"),
-    ("the first answer token is not predicted", PACKING, "start[1:][parent_N] - 1, start", "start[1:][parent_N] - 2, start", f"{PLAIN}[llama]"),
-    ("logits' gradient without the softmax", "meml_lib/training/head.py", "p_cV.mul_(-sum_c1)", "p_cV.mul_(0.0)", f"{PLAIN}[llama]"),
+    ("a repeated row counts once", "meml_lib/training/learner.py", "uses.setdefault(row.row, []).append(Use(i, row, weight))", "uses[row.row] = [Use(i, row, weight)]", f"{PLAIN}[llama-compiled]"),
+    ("another prompt's answer is seen", PACKING, "key_PT.index_select(0, parent_N)", "key_PT.index_select(0, parent_N * 0)", f"{PLAIN}[llama-compiled]"),
+    ("a prompt's padding is seen", PACKING, "< prompt_tokens_P[:, None]", "< prompt_tokens_P.max()", f"{PLAIN}[llama-compiled]"),
+    ("answers see what follows", PACKING, "np.tri(width, dtype=bool)", "np.ones((width, width), dtype=bool)", f"{PLAIN}[llama-compiled]"),
+    ("prompts see what follows", PACKING, "masks = [np.tri(shapes[0][1], dtype=bool)]", "masks = [np.ones((shapes[0][1],) * 2, dtype=bool)]", f"{PLAIN}[llama-compiled]"),
+    ("answers' positions start at 0", PACKING, "prompt_tokens_P[parent_N].tolist()", "(0 * parent_N).tolist()", f"{PLAIN}[llama-compiled]"),
+    ("padding's gradient is kept", PACKING, "self.token_R, self.padding).view", "self.token_R, None).view", f"{PLAIN}[llama-compiled]"),
+    ("the first answer token is not predicted", PACKING, "start[1:][parent_N] - 1, start", "start[1:][parent_N] - 2, start", f"{PLAIN}[llama-compiled]"),
+    ("logits' gradient without the softmax", "meml_lib/training/head.py", "p_cV.mul_(-sum_c1)", "p_cV.mul_(0.0)", f"{PLAIN}[llama-torch]"),
+    ("compiled: a score's gradient without its token", CPU, "(1.0f - power(own > 0.0f ? 0.0f : own))", "(0.0f - power(own > 0.0f ? 0.0f : own))", f"{KERNELS}a_tokens_score_and_its_gradient_are_torchs"),
+    ("compiled: a norm's gradient without its scale's", CPU, "slope[d] - unit[d] * along", "slope[d]", f"{KERNELS}an_updates_norm_and_its_gradients_are_torchs"),
+    ("compiled: a gate's gradient without its slope", CPU, "* (1.0f + x * (1.0f - sigmoid))", "", f"{KERNELS}a_gate_and_its_gradients_are_torchs"),
+    ("a norm's gradient without its scale's", LEAN, "value=-1 / x.shape[-1]", "value=0", "test_lean.py::test_gradients_are_those_of_the_plain_model"),
     ("only the last slab trains the output layer", "meml_lib/training/head.py", "return more if total is None else", "return more if True else", "test_packing.py::test_each_part_and_all_together_are_the_plain_ones"),
     ("no end token to learn", "meml_lib/training/policy.py", "[\"input_ids\"], self.answer_end_id)", "[\"input_ids\"],)", "test_policy.py::test_an_answer_trains_its_end_token_even_where_pad_is_eos"),
     ("bfloat16 without float32 copies", "meml_lib/training/learner.py", "weight.detach().float() for name", "weight.detach() for name", "test_learner.py::test_bfloat16_weights_keep_updates_smaller_than_their_own_grid"),

@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from meml_lib.rollouts import cpu
 from meml_lib.training.lean import lean
 
 SIZES = {
@@ -35,6 +36,12 @@ def gradients(model, within):
 
 def plainly(model):
     return torch.enable_grad()
+
+
+@pytest.fixture(params=["compiled", "torch"], autouse=True)
+def loops(request, monkeypatch):
+    if request.param == "torch":  # as on a GPU
+        monkeypatch.setattr(cpu, "serves", lambda *_: False)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from meml_lib.rollouts import cpu
 from meml_lib.schema import OptimizerParams
 from meml_lib.training import head, losses, packing
 from meml_lib.training.learner import Learner
@@ -117,8 +118,11 @@ def assert_equal(policy: Policy, parts: list[Part], *, budget: int = 4096, withi
     assert {name: record[name] for name in told} == pytest.approx(told, rel=max(within, 1e-5), abs=1e-6)
 
 
+@pytest.mark.parametrize("loops", ["compiled", "torch"])
 @pytest.mark.parametrize("config", PACKED.values(), ids=PACKED)
-def test_a_packed_update_is_the_plain_one_whatever_the_micro_batch(config):
+def test_a_packed_update_is_the_plain_one_whatever_the_micro_batch(config, loops, monkeypatch):
+    if loops == "torch":  # as on a GPU
+        monkeypatch.setattr(cpu, "serves", lambda *_: False)
     policy = policy_of(config)
     assert packing.packs(policy.model)
     for budget in (1, 25, 60, 4096):

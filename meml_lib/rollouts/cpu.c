@@ -110,18 +110,18 @@ void attend(const float *qkv, const float *turn_N, const float *prompt_k, const 
         const long n = i / heads, p = prompt_of_row[n] * heads + i % heads, far = length[prompt_of_row[n]];
         const float *x = qkv + i * (shared + 2) * size, *k_of_prompt = prompt_k + p * size * width;
         float *k = own_k + i * size * room, *v = own_v + i * room * wide;
-        const long apart = width + room;
-        float turned[4 * size], score[4 * apart], mixed[4 * wide];
+        const long apart = width + room, most_asked = apart > 1 << 14 ? 1 : shared < 4 ? shared : 4; /* stacks are small */
+        float turned[most_asked * size], score[most_asked * apart], mixed[most_asked * wide];
         turn(turned, x + shared * size, turn_N + n * size, size);
         for (long d = 0; d < size; d++) k[(at / LANES * size + d) * LANES + at % LANES] = turned[d];
         memcpy(v + at * wide, x + (shared + 1) * size, size * sizeof(float));
-        for (long from = 0; from < shared; from += 4) { /* queries that read each key and value once */
-            const int asked = shared - from < 4 ? shared - from : 4;
+        for (long from = 0; from < shared; from += most_asked) { /* queries that read each key and value once */
+            const int asked = shared - from < most_asked ? shared - from : most_asked;
             for (int s = 0; s < asked; s++) turn(turned + s * size, x + (from + s) * size, turn_N + n * size, size);
             memset(score, 0, asked * apart * sizeof *score);
             add_weighted(score, apart, turned, size, k_of_prompt, size, LANES, size * LANES, asked, width / LANES);
             add_weighted(score + width, apart, turned, size, k, size, LANES, size * LANES, asked, at / LANES + 1);
-            float mass[4];
+            float mass[most_asked];
             for (int s = 0; s < asked; s++) {
                 float *own = score + s * apart, most = -INFINITY, sum = 0.0f;
                 for (long t = far; t < width; t++) own[t] = -INFINITY;
@@ -316,7 +316,7 @@ void tile_product(const float *x, uint16_t *narrow, const uint16_t *tiles, const
 }
 #endif
 
-/* An update's loops work on bfloat16 (half) or float32 and round where torch's operations would. INLINE is compiled for both,
+/* An update's loops work on bfloat16 (half) or float32 and round what they hand on where torch would. INLINE is compiled for both,
    within the parallel loops, which would hide which of them it is. */
 #define INLINE static inline __attribute__((always_inline))
 #define FOR_BOTH(call, ...) do { if (half) call(__VA_ARGS__, 1); else call(__VA_ARGS__, 0); } while (0)
@@ -496,10 +496,10 @@ INLINE void score_row_back(void *logits, const int64_t *token, const float *lse,
 {
     const float own = get(logits, n * words + token[n], half) - lse[n];
     for (long t = 0; t < words; t++) {
-        const float x = get(logits, n * words + t, half) - lse[n];
-        put(logits, n * words + t, -grad[n] * power(x < 0.0f ? x : 0.0f), half);
+        const float x = get(logits, n * words + t, half) - lse[n]; /* nan stays nan */
+        put(logits, n * words + t, -grad[n] * power(x > 0.0f ? 0.0f : x), half);
     }
-    put(logits, n * words + token[n], grad[n] * (1.0f - power(own < 0.0f ? own : 0.0f)), half);
+    put(logits, n * words + token[n], grad[n] * (1.0f - power(own > 0.0f ? 0.0f : own)), half);
 }
 
 /* Logits become the gradient by them. */

@@ -1,8 +1,8 @@
 """What a decode step and an update leave to loops of their own on a CPU, in C; a decode step's are the counterpart of `kernels`.
 
-torch's operations on a step's few numbers take longer to begin than to end; on an update's many they fetch them from memory
-again for each operation. `cpu.c` is compiled by the machine's own
-compiler (`CC`, else cc), for its own instructions, and kept in the user's cache; that takes a second or two, once.
+torch's operations on a step's few numbers take longer to begin than to end; on an update's many, each fetches them from
+memory again. `cpu.c` is compiled by the machine's own compiler (`CC`, else cc), for its own instructions, and kept in the
+user's cache; that takes a second or two, once.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -104,7 +105,7 @@ def _loaded(file: str | Path) -> ctypes.CDLL:
 
 def _run(name: str, *arguments: Tensor | float) -> None:
     told, either = [], None
-    for kind, x in zip(_ARGUMENTS[name], arguments, strict=False):  # but for the last
+    for kind, x in zip(_ARGUMENTS[name], arguments, strict=False):  # but for what is added below
         if isinstance(x, Tensor):
             if kind == "A" and either is None and x.dtype in (torch.float32, torch.bfloat16):
                 either = x.dtype
@@ -116,6 +117,11 @@ def _run(name: str, *arguments: Tensor | float) -> None:
     if either is not None:
         told.append(either == torch.bfloat16)
     getattr(library(), name)(*told, torch.get_num_threads())
+
+
+def _match(name: str, shape: Sequence[int], *others: Sequence[int]) -> None:
+    if any(tuple(other) != tuple(shape) for other in others):
+        raise ValueError(f"cpu.{name}: {' and '.join(str(tuple(x)) for x in (shape, *others))} do not match")
 
 
 def _whole(n: int) -> int:
@@ -170,7 +176,7 @@ class Product:
     """x -> x W^T + b, float32; x may be normed first, by `rms_norm`.
 
     Of a small float32 matrix, whose products torch begins slowly; or, where `multiplies(bfloat16)`, of a bfloat16 one,
-    which is then read once and as it lies. x is rounded to bfloat16 for it, and for nothing else.
+    which is laid out so that up to 32 rows read it once, from end to end. x is rounded to bfloat16 for it.
 
     Args:
       weight: [M, K]. bias: [M]. epsilon: of the norm, None for none.
@@ -193,11 +199,13 @@ class Product:
             padded = torch.nn.functional.pad(weight[order], (0, 0, 0, missing))
             self._weight = padded.unflatten(0, (-1, block)).mT.contiguous()
         self._bias = torch.nn.functional.pad(bias.float(), (0, missing))
-        self._outputs, self._gated, self._epsilon = outputs, gated, -1.0 if epsilon is None else epsilon
+        self._inputs, self._outputs, self._gated = inputs, outputs, gated
+        self._epsilon = -1.0 if epsilon is None else epsilon
 
     def __call__(self, x: Tensor, into: Tensor | None = None) -> Tensor:
         """Args: x: [N, K]. into: what the product is added to, in place."""
         x, outputs = x.contiguous(), self._outputs
+        _match("product", x.shape[1:], (self._inputs,))
         out = x.new_empty(len(x), outputs // 2 if self._gated else outputs) if into is None else into
         how = self._epsilon, into is not None, self._gated
         if self._tiled:
@@ -223,6 +231,7 @@ def choose(logits_NV: Tensor, uniform_N: Tensor, temperature: float | None) -> t
 
 def norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """RMSNorm of x [.., D], in float32, and what each row was multiplied by [.., 1], which `norm_back` wants."""
+    _match("norm", x.shape[-1:], weight.shape)
     x = x.contiguous()
     y, scale = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
     _run("norm", x, weight, y, scale, scale.numel(), x.shape[-1], float(epsilon))
@@ -231,6 +240,7 @@ def norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
 
 def norm_back(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients by x and by the weight."""
+    _match("norm_back", x.shape, grad.shape)
     x, parts = x.contiguous(), torch.get_num_threads()
     grad_x, sums = torch.empty_like(x), x.new_zeros(parts, x.shape[-1], dtype=torch.float32)
     _run("norm_back", grad.contiguous(), x, weight, scale, grad_x, sums, scale.numel(), x.shape[-1], parts)
@@ -239,6 +249,7 @@ def norm_back(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[T
 
 def gate(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
+    _match("gate", gate.shape, up.shape)
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
     _run("gate", gate, up, out, out.numel())
@@ -247,6 +258,7 @@ def gate(gate: Tensor, up: Tensor) -> Tensor:
 
 def gate_back(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients by gate and by up."""
+    _match("gate_back", gate.shape, up.shape, grad.shape)
     gate, up = gate.contiguous(), up.contiguous()
     grads = torch.empty_like(gate), torch.empty_like(up)
     _run("gate_back", grad.contiguous(), gate, up, *grads, gate.numel())
@@ -254,12 +266,17 @@ def gate_back(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def score(logits_NV: Tensor, token_N: Tensor) -> tuple[Tensor, Tensor]:
-    """log sum exp of each row, and its token's log-probability, [N], float32."""
-    lse_N, logp_N = torch.empty(2, len(logits_NV))
+    """log sum exp of each row, and its token's log-probability, [N], float32. Raises: IndexError for no word's number."""
+    rows, words = logits_NV.shape
+    _match("score", (rows,), token_N.shape)
+    if rows and not 0 <= int(token_N.min()) <= int(token_N.max()) < words:
+        raise IndexError(f"tokens {int(token_N.min())} to {int(token_N.max())} are not all in [0, {words})")
+    lse_N, logp_N = torch.empty(2, rows, dtype=torch.float32, device="cpu")
     _run("score", logits_NV, token_N, lse_N, logp_N, *logits_NV.shape)
     return lse_N, logp_N
 
 
 def score_back(logits_NV: Tensor, token_N: Tensor, lse_N: Tensor, grad_N: Tensor) -> None:
-    """Logits become the gradient by them, of a gradient by the tokens' log-probabilities."""
+    """Logits become the gradient by them, of a gradient by the log-probabilities that `score` told of the same tokens."""
+    _match("score_back", logits_NV.shape[:1], token_N.shape, lse_N.shape, grad_N.shape)
     _run("score_back", logits_NV, token_N, lse_N, grad_N, *logits_NV.shape)

@@ -22,7 +22,8 @@ from meml_lib.training.policy import Row
 SLAB_BYTES, CUDA_SLAB_BYTES = 2**28, 2**30
 """Of a slab's logits, in the model's dtype; the more tokens, the faster the matrix products."""
 CHUNK_BYTES, CUDA_CHUNK_BYTES = 2**24, 2**28
-"""Of a chunk of a slab in float32, about twice alive. A CPU's stays in its caches; a GPU needs many rows to be busy."""
+"""Of a chunk of a slab in float32, about twice alive, where no compiled loops do without. A CPU's stays in its caches; a GPU
+needs many rows to be busy."""
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,11 @@ def is_gated(module: nn.Module) -> bool:
     return type(module).__name__.endswith("MLP") and type(module.act_fn).__name__ in ("SiLU", "SiLUActivation")
 
 
+def _compiled(x: Tensor, other: Tensor) -> bool:
+    """Whether loops of our own compute it; torch does on other devices and in other precisions."""
+    return cpu.serves(x.device, x.dtype) and other.dtype == x.dtype
+
+
 def _norm(module: nn.Module, x: Tensor) -> Tensor:
     return _Norm.apply(x, module.weight, module.variance_epsilon)
 
@@ -55,12 +60,8 @@ class _Norm(torch.autograd.Function):
     """y = weight * x / rms(x), each row in float32; keeps x and one number a row."""
 
     @staticmethod
-    def compiled(x: Tensor, weight: Tensor) -> bool:
-        return cpu.serves(x.device, x.dtype) and weight.dtype == x.dtype
-
-    @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        if _Norm.compiled(x, weight):
+        if _compiled(x, weight):
             y, scale = cpu.norm(x, weight, epsilon)
         else:
             exact = x.float()
@@ -73,8 +74,9 @@ class _Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight, scale = ctx.saved_tensors
-        if _Norm.compiled(x, weight):
-            return *cpu.norm_back(grad, x, weight, scale), None
+        if _compiled(x, weight):
+            grad_x, grad_weight = cpu.norm_back(grad, x, weight, scale)
+            return grad_x, grad_weight if ctx.needs_input_grad[1] else None, None
         unit = x.float() * scale
         grad_weight = (grad * unit.to(x.dtype)).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         grad_unit = (grad * weight).float()
@@ -102,7 +104,7 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def of(gate: Tensor, up: Tensor) -> Tensor:
-        return cpu.gate(gate, up) if cpu.serves(gate.device, gate.dtype) else functional.silu(gate).mul_(up)
+        return cpu.gate(gate, up) if _compiled(gate, up) else functional.silu(gate).mul_(up)
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
@@ -113,6 +115,6 @@ class _Gated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         gate, up = ctx.saved_tensors
-        if cpu.serves(gate.device, gate.dtype):
+        if _compiled(gate, up):
             return cpu.gate_back(grad, gate, up)
         return torch.ops.aten.silu_backward(grad * up, gate), functional.silu(gate).mul_(grad)
