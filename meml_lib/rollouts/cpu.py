@@ -131,10 +131,10 @@ def _whole(n: int) -> int:
 
 
 def prompts_cache(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """What `attend` reads of a prompt [.., T, D], in whole vectors: keys [.., T' / L, D, L], where they have L numbers, and values [.., T', D']."""
+    """What `attend` reads of a prompt [.., T, D], in whole vectors of L numbers: keys [.., T' / L, D, L], values [.., T', D']."""
     longer, wider = _whole(k.shape[-2]) - k.shape[-2], _whole(k.shape[-1]) - k.shape[-1]
-    pad = torch.nn.functional.pad
-    return pad(k, (0, 0, 0, longer)).unflatten(-2, (-1, library().lanes())).mT.contiguous(), pad(v, (0, wider, 0, longer)).contiguous()
+    pad, lanes = torch.nn.functional.pad, library().lanes()
+    return pad(k, (0, 0, 0, longer)).unflatten(-2, (-1, lanes)).mT.contiguous(), pad(v, (0, wider, 0, longer)).contiguous()
 
 
 def answers_cache(rows: int, room: int, size: int) -> tuple[Tensor, Tensor]:
