@@ -15,6 +15,7 @@
 #else
 #define LANES 8 /* narrower machines take a vector in parts */
 #endif
+#define INLINE static inline __attribute__((always_inline))
 #define WHOLE(n) (((n) + LANES - 1) / LANES * LANES)
 typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
@@ -52,7 +53,7 @@ static inline float power(float x)
 /* Caches and buffers are as wide as whole vectors. */
 int64_t lanes(void) { return LANES; }
 
-static inline __attribute__((always_inline)) void add_block(
+INLINE void add_block(
     float *out, long apart, const float *weight, long between, const float *row, long rows, long stride, long step,
     const int sums, const int vectors)
 {
@@ -236,19 +237,19 @@ static const struct {
     uint8_t rows[16];
 } EIGHT_TILES = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
-/* W [M, K] as `tile_product` reads it. order: of each of its outputs, in blocks of 32, the row of W; none below 0. */
-void lay_tiles(const uint16_t *weight, const int64_t *order, uint16_t *tiles, int64_t count, int64_t inputs, int64_t threads)
+/* W [M, K] as `tile_product` reads it. */
+void lay_tiles(const uint16_t *weight, uint16_t *tiles, int64_t outputs, int64_t inputs, int64_t threads)
 {
-    const long deep = (inputs + DEPTH - 1) / DEPTH;
+    const long deep = (inputs + DEPTH - 1) / DEPTH, count = (outputs + 2 * TILE - 1) / (2 * TILE);
 #pragma omp parallel for num_threads(threads)
     for (long i = 0; i < count * deep; i++) {
         const long from = i % deep * DEPTH, here = inputs - from < DEPTH ? inputs - from : DEPTH;
         uint16_t *tile = tiles + i * 2 * TILE * DEPTH;
         memset(tile, 0, 2 * TILE * DEPTH * sizeof *tile);
         for (long o = 0; o < 2 * TILE; o++) {
-            const long m = order[i / deep * 2 * TILE + o];
+            const long m = i / deep * 2 * TILE + o;
             uint16_t *to = tile + o / TILE * TILE * DEPTH + o % TILE * 2;
-            for (long d = 0; d < here && m >= 0; d += 2)
+            for (long d = 0; d < here && m < outputs; d += 2)
                 memcpy(to + d * TILE, weight + m * inputs + from + d, (d + 1 < here ? 2 : 1) * sizeof *to);
         }
     }
@@ -284,10 +285,11 @@ void tile_product(const float *x, uint16_t *narrow, const uint16_t *tiles, const
                 _tile_zero(2);
                 _tile_zero(3);
                 for (long k = 0; k < deep; k++) {
-                    _tile_loadd(6, w + k * 2 * TILE * DEPTH, 2 * DEPTH);
-                    _tile_loadd(7, w + (k * 2 + 1) * TILE * DEPTH, 2 * DEPTH);
-                    for (int line = 0; line < 32 && from == 0; line++)
-                        __builtin_prefetch(w + k * 2 * TILE * DEPTH + AHEAD + line * DEPTH, 0, 2);
+                    const uint16_t *pair = w + k * 2 * TILE * DEPTH;
+                    _tile_loadd(6, pair, 2 * DEPTH);
+                    _tile_loadd(7, pair + TILE * DEPTH, 2 * DEPTH);
+                    for (int line = 0; line < 2 * TILE && from == 0; line++)
+                        __builtin_prefetch(pair + AHEAD + line * DEPTH, 0, 2);
                     _tile_loadd(4, a + k * DEPTH, row * sizeof *a);
                     _tile_loadd(5, below + k * DEPTH, row * sizeof *a);
                     _tile_dpbf16ps(0, 4, 6);
@@ -318,7 +320,6 @@ void tile_product(const float *x, uint16_t *narrow, const uint16_t *tiles, const
 
 /* An update's loops work on bfloat16 (half) or float32 and round what they hand on where torch would. INLINE is compiled for both,
    within the parallel loops, which would hide which of them it is. */
-#define INLINE static inline __attribute__((always_inline))
 #define FOR_BOTH(call, ...) do { if (half) call(__VA_ARGS__, 1); else call(__VA_ARGS__, 0); } while (0)
 
 INLINE float get(const void *x, long i, const int half) { return half ? widened(((const uint16_t *)x)[i]) : ((const float *)x)[i]; }
@@ -360,13 +361,13 @@ INLINE void norm_row_back(const void *grad, const void *x, const void *weight, c
     for (long d = 0; d < size; d++) put(grad_x, n * size + d, (slope[d] - unit[d] * along) * scale[n], half);
 }
 
-/* grad_weight: zeros, of so many parts of the rows. */
+/* grad_weight: zeros, a row for each thread. */
 void norm_back(const void *grad, const void *x, const void *weight, const float *scale, void *grad_x, float *grad_weight,
-               int64_t rows, int64_t size, int64_t parts, int64_t half, int64_t threads)
+               int64_t rows, int64_t size, int64_t half, int64_t threads)
 {
 #pragma omp parallel for num_threads(threads)
-    for (long part = 0; part < parts; part++)
-        for (long n = part * rows / parts; n < (part + 1) * rows / parts; n++)
+    for (long part = 0; part < threads; part++)
+        for (long n = part * rows / threads; n < (part + 1) * rows / threads; n++)
             FOR_BOTH(norm_row_back, grad, x, weight, scale, grad_x, grad_weight + part * size, n, size);
 }
 

@@ -29,12 +29,12 @@ _SETTINGS = (("-march=native", "-fopenmp"), ("-march=native", "-fopenmp-simd"), 
 _ARGUMENTS = {
     "attend": "FFFFFFLLFiiiiiiii",
     "product": "FFFFiiidiii",
-    "lay_tiles": "BLBiii",
+    "lay_tiles": "BBiii",
     "tile_product": "FBBFFiiidiii",
     "rms_norm": "FFiidi",
     "choose": "FDLFFiidi",
     "norm": "AAAFiidii",
-    "norm_back": "AAAFAFiiiii",
+    "norm_back": "AAAFAFiiii",
     "gate": "AAAiii",
     "gate_back": "AAAAAiii",
     "score": "ALFFiiii",
@@ -187,16 +187,15 @@ class Product:
         (outputs, inputs), bias = weight.shape, weight.new_zeros(len(weight)) if bias is None else bias
         self._tiled = weight.dtype == torch.bfloat16
         block = 2 * _TILE if self._tiled else _PANEL
-        order = torch.arange(outputs)
         if gated:  # half a block of gates beside their other halves
-            order = order.view(2, -1, block // 2).transpose(0, 1).flatten()
-        bias, missing = bias[order], -outputs % block
+            order = torch.arange(outputs).view(2, -1, block // 2).transpose(0, 1).flatten()
+            weight, bias = weight[order], bias[order]
+        missing = -outputs % block
         if self._tiled:
-            order, blocks = torch.nn.functional.pad(order, (0, missing), value=-1), -(-outputs // block)
-            self._weight = weight.new_empty(blocks, -(-inputs // _DEPTH), 2, _TILE, _TILE, 2)
-            _run("lay_tiles", weight.contiguous(), order, self._weight, blocks, inputs)
+            self._weight = weight.new_empty(-(-outputs // block), -(-inputs // _DEPTH), 2, _TILE, _TILE, 2)
+            _run("lay_tiles", weight.contiguous(), self._weight, outputs, inputs)
         else:
-            padded = torch.nn.functional.pad(weight[order], (0, 0, 0, missing))
+            padded = torch.nn.functional.pad(weight, (0, 0, 0, missing))
             self._weight = padded.unflatten(0, (-1, block)).mT.contiguous()
         self._bias = torch.nn.functional.pad(bias.float(), (0, missing))
         self._inputs, self._outputs, self._gated = inputs, outputs, gated
@@ -241,9 +240,9 @@ def norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
 def norm_back(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients by x and by the weight."""
     _match("norm_back", x.shape, grad.shape)
-    x, parts = x.contiguous(), torch.get_num_threads()
-    grad_x, sums = torch.empty_like(x), x.new_zeros(parts, x.shape[-1], dtype=torch.float32)
-    _run("norm_back", grad.contiguous(), x, weight, scale, grad_x, sums, scale.numel(), x.shape[-1], parts)
+    x, size = x.contiguous(), x.shape[-1]
+    grad_x, sums = torch.empty_like(x), x.new_zeros(torch.get_num_threads(), size, dtype=torch.float32)
+    _run("norm_back", grad.contiguous(), x, weight, scale, grad_x, sums, scale.numel(), size)
     return grad_x, sums.sum(0).to(weight.dtype)
 
 

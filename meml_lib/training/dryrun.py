@@ -137,9 +137,9 @@ def pass_bytes(
     Of each token, a layer keeps four vectors as wide as the model, two as its MLP (`lean`; else four), three as its heads,
     and has one and a half more as its MLP (`again`: two) and two of the model's in float32 as it passes; of each answer it
     keeps keys and values of all it sees for all heads, and the attention's mask. The output layer holds a slab of logits, a
-    chunk of it in float32 (also where a CPU's compiled loops need none), and its weight's gradient: summed in float32 where there are
-    several slabs. With `again` (gradient checkpointing) a layer keeps what comes into it, and one at a time the rest and its
-    gradients. A tied output layer's gradient waits for the embedding's, with `again` also for their sum.
+    chunk of it in float32 (also where a CPU's compiled loops need none), and its weight's gradient: summed in float32 where
+    there are several slabs. With `again` (gradient checkpointing) a layer keeps what comes into it, and one at a time the
+    rest and its gradients. A tied output layer's gradient waits for the embedding's, with `again` also for their sum.
     Traced passes of Llama- and Qwen-shaped models differ by 5 %, of very small ones by 30 % (`tests/test_dryrun.py`).
     """
     c, size, heads = model.config, model.dtype.itemsize, model.config.num_attention_heads * _head(model.config)
