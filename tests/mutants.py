@@ -48,7 +48,7 @@ MUTANTS = [  # what is broken, file, text, its replacement, the test that must f
     ("a truncated answer is graded", "meml_lib/training/ask.py", "if rollout.ended else (None, None)", "", "test_riel.py::test_a_truncated_answer_is_unreadable_whatever_it_holds"),
     ("denominator of the micro-batch, not the step", "meml_lib/training/learner.py", "AnswerLoss(parts, scales, rows", "AnswerLoss(parts, [s / len(rows) for s in scales], rows", "test_learner.py::test_micro_batch_size_cannot_change_the_update"),
     ("a repeated row counts once", "meml_lib/training/learner.py", "uses.setdefault(row.row, []).append(Use(i, row, weight))", "uses[row.row] = [Use(i, row, weight)]", f"{PLAIN}[llama-compiled]"),
-    ("another prompt's answer is seen", PACKING, "key_PT.index_select(0, parent_N)", "key_PT.index_select(0, parent_N * 0)", f"{PLAIN}[llama-compiled]"),
+    ("another prompt's answer is seen", PACKING, "_Shared.apply(key_PT, parent_N)", "_Shared.apply(key_PT, parent_N * 0)", f"{PLAIN}[llama-compiled]"),
     ("a prompt's padding is seen", PACKING, "< prompt_tokens_P[:, None]", "< prompt_tokens_P.max()", f"{PLAIN}[llama-compiled]"),
     ("answers see what follows", PACKING, "np.tri(width, dtype=bool)", "np.ones((width, width), dtype=bool)", f"{PLAIN}[llama-compiled]"),
     ("prompts see what follows", PACKING, "masks = [np.tri(shapes[0][1], dtype=bool)]", "masks = [np.ones((shapes[0][1],) * 2, dtype=bool)]", f"{PLAIN}[llama-compiled]"),
