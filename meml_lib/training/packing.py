@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from meml_lib.training.policy import Policy, Row
+from meml_lib.training.tied import Tied
 
 Head = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 """From what the model holds at n places, and the output layer's weight [V, H] and bias [V], to the pass's result. The
@@ -93,8 +94,13 @@ def run(policy: Policy, model: nn.Module, rows: Sequence[Row], head: Head) -> Te
     places = zip(lasts, starts, answer_tokens_N, strict=True)
     predicts = np.concatenate([np.append(last, np.arange(at, at + n - 1)) for last, at, n in places])
 
-    output = policy.model.get_output_embeddings()
-    output.forward = lambda hidden_1nH: head(hidden_1nH[0], output.weight, output.bias)
+    output, embedding = policy.model.get_output_embeddings(), policy.model.get_input_embeddings()
+    changed, weight = [output], lambda: output.weight
+    if embedding.weight is output.weight and type(embedding) is nn.Embedding and output.weight.requires_grad:
+        tied = Tied()
+        changed, weight = [output, embedding], lambda: tied.output(output.weight)
+        embedding.forward = lambda token: tied.embed(embedding, token)
+    output.forward = lambda hidden_1nH: head(hidden_1nH[0], weight(), output.bias)
     try:
         return model(
             input_ids=torch.tensor([[token for tokens in inputs for token in tokens]], device=policy.model.device),
@@ -104,7 +110,8 @@ def run(policy: Policy, model: nn.Module, rows: Sequence[Row], head: Head) -> Te
             layout=layout,
         ).logits
     finally:
-        del output.forward
+        for module in changed:
+            del module.forward
 
 
 @contextmanager
