@@ -40,7 +40,7 @@ def test_a_token_attends_to_its_prompt_its_answer_and_itself(loops, heads, kv_he
         later = torch.arange(room)[:, None] > at  # not written yet: whatever the memory held
         nothing = (x.masked_fill(later, torch.nan) for x in (own_k, own_v))
         prompt, own = cpu.prompts_cache(prompt_k, prompt_v), cpu.prompts_cache(*nothing)
-        assert [x.shape for x in own] == [x.shape for x in cpu.answers_cache(rows * kv_heads, room, size)]
+        assert [x.shape for x in own] == [x.shape for x in cpu.answers_cache(rows * kv_heads, room, size, torch.float32)]
     else:
         prompt, own = (prompt_k, prompt_v), (own_k.clone(), own_v.clone())
     out = module.attend(qkv, turn_N, prompt, own, prompt_of_row_N, length_P, torch.tensor([at], device=device))
@@ -62,6 +62,22 @@ def test_a_token_attends_to_its_prompt_its_answer_and_itself(loops, heads, kv_he
         assert kept[:, at + 1 :].isnan().all() if module is cpu else kept[:, at + 1 :].equal(was[:, at + 1 :])
 
 
+@pytest.mark.parametrize("at", [0, 20])
+def test_keys_and_values_in_bfloat16_are_the_rounded_ones(at):
+    torch.manual_seed(at)
+    (rows, heads, shared, size, longest, room), place = (4, 2, 3, 20, 21, 24), torch.tensor([at])
+    qkv, turn_N = torch.randn(rows, heads, shared + 2, size), torch.ones(rows, size // 2, dtype=torch.complex64)
+    qkv[:, :, -2:] = qkv[:, :, -2:].bfloat16().float()
+    kept, own = torch.randn(2, 2 * heads, longest, size).bfloat16(), torch.randn(2, rows * heads, room, size).bfloat16()
+    rest = torch.tensor([0, 1, 1, 0]), torch.tensor([21, 5]), place
+    exact = [cpu.prompts_cache(*x.float()) for x in (kept, own)]
+    narrow = [cpu.prompts_cache(*x) for x in (kept, own)]
+    assert [x.dtype for x in narrow[1]] == [x.dtype for x in cpu.answers_cache(8, room, size, torch.bfloat16)]
+    torch.testing.assert_close(cpu.attend(qkv, turn_N, *narrow, *rest), cpu.attend(qkv, turn_N, *exact, *rest))
+    for one, other in zip(narrow[1], exact[1], strict=True):
+        assert one.float().equal(other)
+
+
 def test_queries_of_a_long_text_attend_as_many_do():
     torch.manual_seed(0)
     (heads, shared, size, longest), at = (2, 3, 8, 2**14), torch.tensor([1])
@@ -76,7 +92,7 @@ def test_queries_of_a_long_text_attend_as_many_do():
 def test_scores_far_apart_leave_the_largest_alone():
     torch.manual_seed(0)
     qkv = 100 * torch.randn(2, 2, 3, 16)
-    turn_N, own = torch.ones(2, 8, dtype=torch.complex64), cpu.answers_cache(4, 8, 16)
+    turn_N, own = torch.ones(2, 8, dtype=torch.complex64), cpu.answers_cache(4, 8, 16, torch.float32)
     k, v = torch.randn(2, 2, 5, 16)
     prompt = cpu.prompts_cache(k, v)
     out = cpu.attend(qkv, turn_N, prompt, own, torch.zeros(2, dtype=torch.long), torch.tensor([5]), torch.zeros(1))
@@ -300,7 +316,7 @@ def test_what_c_could_not_read_is_refused():
     for token in (8, -1, 10**6):
         with pytest.raises(IndexError, match=rf"{token}.* not all in \[0, 8\)"):
             cpu.score(narrow, torch.tensor([0, token, 1]))
-    own, prompt = cpu.answers_cache(1, 16, 8), cpu.prompts_cache(*torch.randn(2, 1, 5, 8))
+    own, prompt = cpu.answers_cache(1, 16, 8, torch.float32), cpu.prompts_cache(*torch.randn(2, 1, 5, 8))
     of = torch.ones(1, 4, dtype=torch.complex64), prompt, own, torch.zeros(1, dtype=torch.long), torch.tensor([5])
     with pytest.raises(IndexError, match="token 16 of an answer with room for 16"):
         cpu.attend(torch.randn(1, 1, 3, 8), *of, torch.tensor([16]))

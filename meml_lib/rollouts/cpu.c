@@ -32,6 +32,17 @@ static inline float widened(uint16_t x)
     return n.real;
 }
 
+/* Some loops work on bfloat16 (half) or float32, and round what they hand on where torch would. INLINE is compiled for both, within
+   the parallel loops, which would hide which of them it is. */
+#define FOR_BOTH(call, ...) do { if (half) call(__VA_ARGS__, 1); else call(__VA_ARGS__, 0); } while (0)
+INLINE float get(const void *x, long i, const int half) { return half ? widened(((const uint16_t *)x)[i]) : ((const float *)x)[i]; }
+INLINE float kept(float x, const int half) { return half ? widened(rounded(x)) : x; }
+INLINE void put(void *x, long i, float y, const int half)
+{
+    if (half) ((uint16_t *)x)[i] = rounded(y);
+    else ((float *)x)[i] = y;
+}
+
 /* e^x for x <= 0, to 2 units in the last place; 0 below e^-87. */
 static inline float power(float x)
 {
@@ -53,37 +64,47 @@ static inline float power(float x)
 /* Caches and buffers are as wide as whole vectors. */
 int64_t lanes(void) { return LANES; }
 
+typedef uint16_t narrow_vector __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef uint32_t bits_vector __attribute__((vector_size(4 * LANES)));
+
+/* LANES numbers from x[i] on, of bfloat16 (half) or float32. */
+INLINE vector take(const void *x, long i, const int half)
+{
+    if (!half) return *(const vector *)((const float *)x + i);
+    return (vector)(__builtin_convertvector(*(const narrow_vector *)((const uint16_t *)x + i), bits_vector) << 16);
+}
+
 INLINE void add_block(
-    float *out, long apart, const float *weight, long between, const float *row, long rows, long stride, long step,
-    const int sums, const int vectors)
+    float *out, long apart, const float *weight, long between, const void *row, long at, long rows, long stride, long step,
+    const int sums, const int vectors, const int half)
 {
     const int width = sums * vectors;
     const int chains = width > 4 ? 1 : width > 2 ? 2 : 4; /* a sum waits for the one before: several go on at once */
     vector sum[12] = {{0}};
     long i = 0;
-    for (; i + chains <= rows; i += chains, row += chains * stride)
+    for (; i + chains <= rows; i += chains, at += chains * stride)
         for (int c = 0; c < chains; c++)
             for (int j = 0; j < vectors; j++)
                 for (int s = 0; s < sums; s++)
-                    sum[c * width + s * vectors + j] += weight[s * between + i + c] * *(const vector *)(row + c * stride + j * step);
-    for (; i < rows; i++, row += stride)
+                    sum[c * width + s * vectors + j] += weight[s * between + i + c] * take(row, at + c * stride + j * step, half);
+    for (; i < rows; i++, at += stride)
         for (int j = 0; j < vectors; j++)
-            for (int s = 0; s < sums; s++) sum[s * vectors + j] += weight[s * between + i] * *(const vector *)(row + j * step);
+            for (int s = 0; s < sums; s++) sum[s * vectors + j] += weight[s * between + i] * take(row, at + j * step, half);
     for (int c = 0; c < chains; c++)
         for (int s = 0; s < sums; s++)
             for (int j = 0; j < vectors; j++) ((vector *)(out + s * apart))[j] += sum[c * width + s * vectors + j];
 }
 
 /* To each of up to 4 outs add a weighted sum of the same rows of so many vectors; up to 12 sums stay in registers.
-   apart, between: from an out, from an out's weights to the next. stride: from a row to the next. step: from a row's vector
-   to its next. */
-static void add_weighted(float *out, long apart, const float *weight, long between, const float *row, long rows, long stride,
-                         long step, int sums, long vectors)
+   apart, between: from an out, from an out's weights to the next. at, stride: of the first row's first number, to the next row's.
+   step: from a row's vector to its next. */
+INLINE void add_weighted(float *out, long apart, const float *weight, long between, const void *row, long at, long rows, long stride,
+                         long step, int sums, long vectors, const int half)
 {
     const long most = sums == 1 ? 8 : 12 / sums;
-    for (; vectors > 0; vectors -= most, out += most * LANES, row += most * step) {
+    for (; vectors > 0; vectors -= most, out += most * LANES, at += most * step) {
         switch (sums * 16 + (vectors < most ? vectors : most)) {
-#define CASE(s, n) case s * 16 + n: add_block(out, apart, weight, between, row, rows, stride, step, s, n); break;
+#define CASE(s, n) case s * 16 + n: add_block(out, apart, weight, between, row, at, rows, stride, step, s, n, half); break;
             CASE(1, 1) CASE(1, 2) CASE(1, 3) CASE(1, 4) CASE(1, 5) CASE(1, 6) CASE(1, 7) CASE(1, 8)
             CASE(2, 1) CASE(2, 2) CASE(2, 3) CASE(2, 4) CASE(2, 5) CASE(2, 6)
             CASE(3, 1) CASE(3, 2) CASE(3, 3) CASE(3, 4) CASE(4, 1) CASE(4, 2) CASE(4, 3)
@@ -100,28 +121,42 @@ static void turn(float *out, const float *x, const float *angle, long size)
     }
 }
 
-/* The layouts are told in cpu.py. A key's numbers stand LANES tokens side by side, so that a query's number meets LANES keys. */
-void attend(const float *qkv, const float *turn_N, const float *prompt_k, const float *prompt_v, float *own_k, float *own_v,
-            const int64_t *prompt_of_row, const int64_t *length, float *out, int64_t rows, int64_t heads, int64_t shared,
-            int64_t size, int64_t width, int64_t room, int64_t at, int64_t threads)
+typedef void weighted(float *, long, const float *, long, const void *, long, long, long, long, int, long);
+static void add_weighted_half(float *out, long apart, const float *weight, long between, const void *row, long at, long rows,
+                              long stride, long step, int sums, long vectors)
 {
+    add_weighted(out, apart, weight, between, row, at, rows, stride, step, sums, vectors, 1);
+}
+
+static void add_weighted_float(float *out, long apart, const float *weight, long between, const void *row, long at, long rows,
+                               long stride, long step, int sums, long vectors)
+{
+    add_weighted(out, apart, weight, between, row, at, rows, stride, step, sums, vectors, 0);
+}
+
+/* The layouts are told in cpu.py. A key's numbers stand LANES tokens side by side, so that a query's number meets LANES keys. */
+void attend(const float *qkv, const float *turn_N, const void *prompt_k, const void *prompt_v, void *own_k, void *own_v,
+            const int64_t *prompt_of_row, const int64_t *length, float *out, int64_t rows, int64_t heads, int64_t shared,
+            int64_t size, int64_t width, int64_t room, int64_t at, int64_t half, int64_t threads)
+{
+    weighted *const add = half ? add_weighted_half : add_weighted_float;
     const long wide = WHOLE(size), keys = width + at + 1;
 #pragma omp parallel for num_threads(threads)
     for (long i = 0; i < rows * heads; i++) {
         const long n = i / heads, p = prompt_of_row[n] * heads + i % heads, far = length[prompt_of_row[n]];
-        const float *x = qkv + i * (shared + 2) * size, *k_of_prompt = prompt_k + p * size * width;
-        float *k = own_k + i * size * room, *v = own_v + i * room * wide;
-        const long apart = width + room, most_asked = apart > 1 << 14 ? 1 : shared < 4 ? shared : 4; /* stacks are small */
+        const float *x = qkv + i * (shared + 2) * size;
+        const long k = i * size * room, v = i * room * wide, apart = width + room;
+        const long most_asked = apart > 1 << 14 ? 1 : shared < 4 ? shared : 4; /* stacks are small */
         float turned[most_asked * size], score[most_asked * apart], mixed[most_asked * wide];
         turn(turned, x + shared * size, turn_N + n * size, size);
-        for (long d = 0; d < size; d++) k[(at / LANES * size + d) * LANES + at % LANES] = turned[d];
-        memcpy(v + at * wide, x + (shared + 1) * size, size * sizeof(float));
+        for (long d = 0; d < size; d++) put(own_k, k + (at / LANES * size + d) * LANES + at % LANES, turned[d], half);
+        for (long d = 0; d < size; d++) put(own_v, v + at * wide + d, x[(shared + 1) * size + d], half);
         for (long from = 0; from < shared; from += most_asked) { /* queries that read each key and value once */
             const int asked = shared - from < most_asked ? shared - from : most_asked;
             for (int s = 0; s < asked; s++) turn(turned + s * size, x + (from + s) * size, turn_N + n * size, size);
             memset(score, 0, asked * apart * sizeof *score);
-            add_weighted(score, apart, turned, size, k_of_prompt, size, LANES, size * LANES, asked, width / LANES);
-            add_weighted(score + width, apart, turned, size, k, size, LANES, size * LANES, asked, at / LANES + 1);
+            add(score, apart, turned, size, prompt_k, p * size * width, size, LANES, size * LANES, asked, width / LANES);
+            add(score + width, apart, turned, size, own_k, k, size, LANES, size * LANES, asked, at / LANES + 1);
             float mass[most_asked];
             for (int s = 0; s < asked; s++) {
                 float *own = score + s * apart, most = -INFINITY, sum = 0.0f;
@@ -133,8 +168,8 @@ void attend(const float *qkv, const float *turn_N, const float *prompt_k, const 
                 mass[s] = sum;
             }
             memset(mixed, 0, asked * wide * sizeof *mixed);
-            add_weighted(mixed, wide, score, apart, prompt_v + p * width * wide, far, wide, LANES, asked, wide / LANES);
-            add_weighted(mixed, wide, score + width, apart, v, at + 1, wide, LANES, asked, wide / LANES);
+            add(mixed, wide, score, apart, prompt_v, p * width * wide, far, wide, LANES, asked, wide / LANES);
+            add(mixed, wide, score + width, apart, own_v, v, at + 1, wide, LANES, asked, wide / LANES);
             for (int s = 0; s < asked; s++)
                 for (long d = 0; d < size; d++) out[(i * shared + from + s) * size + d] = mixed[s * wide + d] / mass[s];
         }
@@ -317,18 +352,6 @@ void tile_product(const float *x, uint16_t *narrow, const uint16_t *tiles, const
     }
 }
 #endif
-
-/* An update's loops work on bfloat16 (half) or float32 and round what they hand on where torch would. INLINE is compiled for both,
-   within the parallel loops, which would hide which of them it is. */
-#define FOR_BOTH(call, ...) do { if (half) call(__VA_ARGS__, 1); else call(__VA_ARGS__, 0); } while (0)
-
-INLINE float get(const void *x, long i, const int half) { return half ? widened(((const uint16_t *)x)[i]) : ((const float *)x)[i]; }
-INLINE float kept(float x, const int half) { return half ? widened(rounded(x)) : x; }
-INLINE void put(void *x, long i, float y, const int half)
-{
-    if (half) ((uint16_t *)x)[i] = rounded(y);
-    else ((float *)x)[i] = y;
-}
 
 INLINE void norm_row(const void *x, const void *weight, void *y, float *scale, long n, long size, double epsilon, const int half)
 {

@@ -27,7 +27,7 @@ _EVERY = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC")  # but for ma
 _SETTINGS = (("-march=native", "-fopenmp"), ("-march=native", "-fopenmp-simd"), ("-fopenmp-simd",), ())
 """Tried in this order: a compiler may know no OpenMP, torch bring none, or a processor have no name."""
 _ARGUMENTS = {
-    "attend": "FFFFFFLLFiiiiiiii",
+    "attend": "FFAAAALLFiiiiiiiii",
     "product": "FFFFiiidiii",
     "lay_tiles": "BBiii",
     "tile_product": "FBBFFiiidiii",
@@ -137,11 +137,11 @@ def prompts_cache(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return pad(k, (0, 0, 0, longer)).unflatten(-2, (-1, lanes)).mT.contiguous(), pad(v, (0, wider, 0, longer)).contiguous()
 
 
-def answers_cache(rows: int, room: int, size: int) -> tuple[Tensor, Tensor]:
+def answers_cache(rows: int, room: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Room for the answers' keys and values, in the same layout."""
     lanes = library().lanes()
     shapes = (rows, _whole(room) // lanes, size, lanes), (rows, _whole(room), _whole(size))
-    return tuple(torch.empty(shape, dtype=torch.float32, device="cpu") for shape in shapes)
+    return tuple(torch.empty(shape, dtype=dtype, device="cpu") for shape in shapes)
 
 
 def attend(
@@ -153,7 +153,7 @@ def attend(
     length_P: Tensor,
     at: Tensor,
 ) -> Tensor:
-    """`kernels.attend` in float32; prompt and own as `prompts_cache` and `answers_cache` lay them out."""
+    """`kernels.attend` in float32; prompt and own, float32 or bfloat16, as `prompts_cache` and `answers_cache` lay them out."""
     step, room = int(at), own[1].shape[-2]
     if not 0 <= step < room:
         raise IndexError(f"token {step} of an answer with room for {room}")
