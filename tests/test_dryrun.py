@@ -164,7 +164,7 @@ def test_sampling_is_what_the_sampler_reserves(task, panel, policy, dtype):
     prompts = [(1, *(n,) * (prompt - 1)) for n in range(6)]
     answers = decoder.Decoder(decoder.Weights(policy.model), prompts, list(range(6)), answer)
     held = sum(kv.nbytes for layer in (*answers._prompts, *answers._own) for kv in layer)
-    assert parts_of(p)["or: sampling"] == held == 6 * 128 * 2 * 2 * 32 * 4
+    assert parts_of(p)["or: sampling"] == held == 6 * 128 * 2 * 2 * 32 * policy.model.dtype.itemsize
 
 
 @pytest.mark.parametrize(("supported", "bytes_kept"), [(True, 2), (False, 4)])

@@ -161,15 +161,30 @@ def test_a_product_is_torchs_normed_gated_or_added(rows, inputs, outputs, epsilo
     expected, into = torch.nn.functional.linear(*exact).float(), torch.randn(rows, outputs)
     # A number may be rounded to bfloat16 upwards here and downwards there, 2^-9 of it apart.
     close = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.05, "rtol": 1e-4}
-    product = cpu.Product(weight, bias, epsilon, gated=False)
+    kind = cpu.Product if dtype == torch.float32 else cpu.TileProduct
+    product = kind(weight, bias, epsilon, gated=False)
     torch.testing.assert_close(product(x), expected, **close)
     torch.testing.assert_close(product(x, into.clone()), into + expected, **close)
-    torch.testing.assert_close(cpu.Product(weight, None, epsilon, gated=False)(x), expected - bias.float(), **close)
+    torch.testing.assert_close(kind(weight, None, epsilon, gated=False)(x), expected - bias.float(), **close)
     if cpu.gates(outputs):
         gate, up = expected.chunk(2, dim=-1)
-        gated = cpu.Product(weight, bias, epsilon, gated=True)(x)
+        gated = kind(weight, bias, epsilon, gated=True)(x)
         close["atol"] *= 1 if dtype == torch.float32 else 10  # what is multiplied has two errors, and the other's size
         torch.testing.assert_close(gated, torch.nn.functional.silu(gate) * up, **close)
+
+
+@pytest.mark.parametrize("given", [("columns",), ("rows",), ("order",), ("columns", "rows", "order")])
+@pytest.mark.parametrize(("inputs", "outputs"), [(96, 64), (33, 157)])
+def test_a_matrix_in_tiles_is_the_scaled_and_ordered_one(given, inputs, outputs):
+    if not cpu.multiplies(torch.bfloat16):
+        pytest.skip("the processor has no tiles of bfloat16, or the compiler does not know them")
+    weight, parts = torch.randn(outputs, inputs).bfloat16(), {"columns": torch.rand(inputs), "rows": torch.rand(outputs)}
+    parts = {name: value for name, value in (parts | {"order": torch.randperm(outputs)}).items() if name in given}
+    scaled = weight * parts.get("columns", torch.ones(inputs)) * parts.get("rows", torch.ones(outputs))[:, None]
+    scaled = scaled.bfloat16()[parts.get("order", slice(None))]
+    for gated in (False, True)[: 1 + cpu.gates(outputs)]:
+        x = torch.randn(3, inputs)
+        assert cpu.TileProduct(weight, None, None, gated, **parts)(x).equal(cpu.TileProduct(scaled, None, None, gated)(x))
 
 
 def test_a_processor_with_tiles_uses_them():

@@ -272,21 +272,27 @@ static const struct {
     uint8_t rows[16];
 } EIGHT_TILES = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
-/* W [M, K] as `tile_product` reads it. */
-void lay_tiles(const uint16_t *weight, uint16_t *tiles, int64_t outputs, int64_t inputs, int64_t threads)
+/* W [M, K] as `tile_product` reads it: output m is line[m] of the weight, times rows' number of that line and columns' of each
+   input, in float32; these may be NULL. */
+void lay_tiles(const uint16_t *weight, const int64_t *line, const float *rows, const float *columns, uint16_t *tiles, int64_t outputs,
+               int64_t inputs, int64_t threads)
 {
     const long deep = (inputs + DEPTH - 1) / DEPTH, count = (outputs + 2 * TILE - 1) / (2 * TILE);
 #pragma omp parallel for num_threads(threads)
     for (long i = 0; i < count * deep; i++) {
-        const long from = i % deep * DEPTH, here = inputs - from < DEPTH ? inputs - from : DEPTH;
-        uint16_t *tile = tiles + i * 2 * TILE * DEPTH;
-        memset(tile, 0, 2 * TILE * DEPTH * sizeof *tile);
-        for (long o = 0; o < 2 * TILE; o++) {
-            const long m = i / deep * 2 * TILE + o;
-            uint16_t *to = tile + o / TILE * TILE * DEPTH + o % TILE * 2;
-            for (long d = 0; d < here && m < outputs; d += 2)
-                memcpy(to + d * TILE, weight + m * inputs + from + d, (d + 1 < here ? 2 : 1) * sizeof *to);
+        const long first = i / deep * 2 * TILE, from = i % deep * DEPTH, here = inputs - from < DEPTH ? inputs - from : DEPTH;
+        union { uint16_t number[2 * TILE][DEPTH]; uint32_t pair[2 * TILE][DEPTH / 2]; } own;
+        uint32_t *tile = (uint32_t *)(tiles + i * 2 * TILE * DEPTH);
+        memset(&own, 0, sizeof own);
+        for (long o = 0; o < 2 * TILE && first + o < outputs; o++) {
+            const long m = line[first + o];
+            const uint16_t *w = weight + m * inputs + from;
+            const float by = rows ? rows[m] : 1.0f;
+            for (long k = 0; k < here; k++) own.number[o][k] = rounded(widened(w[k]) * (columns ? columns[from + k] : 1.0f) * by);
         }
+        for (int half = 0; half < 2; half++)
+            for (int d = 0; d < DEPTH / 2; d++)
+                for (int o = 0; o < TILE; o++) tile[(half * TILE + d) * TILE + o] = own.pair[half * TILE + o][d];
     }
 }
 

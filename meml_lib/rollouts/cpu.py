@@ -29,7 +29,7 @@ _SETTINGS = (("-march=native", "-fopenmp"), ("-march=native", "-fopenmp-simd"), 
 _ARGUMENTS = {
     "attend": "FFAAAALLFiiiiiiiii",
     "product": "FFFFiiidiii",
-    "lay_tiles": "BBiii",
+    "lay_tiles": "BLFFBiii",
     "tile_product": "FBBFFiiidiii",
     "rms_norm": "FFiidi",
     "choose": "FDLFFiidi",
@@ -84,12 +84,12 @@ def serves(device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
 
 
 def multiplies(dtype: torch.dtype) -> bool:
-    """Whether `Product` takes a matrix of this dtype here."""
+    """Whether `Product` (float32) or `TileProduct` (bfloat16) takes a matrix of this dtype here."""
     return dtype == torch.float32 or dtype == torch.bfloat16 and bool(library().has_tiles())
 
 
 def gates(outputs: int) -> bool:
-    """Whether `Product` takes a gate and what it is multiplied by, together so many outputs."""
+    """Whether products take a gate and what it is multiplied by, together so many outputs."""
     return outputs % (2 * _TILE) == 0
 
 
@@ -173,46 +173,69 @@ def rms_norm(x: Tensor, epsilon: float) -> Tensor:
 
 
 class Product:
-    """x -> x W^T + b, float32; x may be normed first, by `rms_norm`.
-
-    Of a small float32 matrix, whose products torch begins slowly; or, where `multiplies(bfloat16)`, of a bfloat16 one,
-    which is laid out so that up to 32 rows read it once, from end to end. x is rounded to bfloat16 for it.
+    """x -> x W^T + b, float32; x may be normed first, by `rms_norm`. Of a small matrix, whose products torch begins slowly.
 
     Args:
-      weight: [M, K]. bias: [M]. epsilon: of the norm, None for none.
+      weight: [M, K], float32. bias: [M]. epsilon: of the norm, None for none.
       gated: W's first half is a gate's, and what is returned is silu(gate) * the second half, [N, M / 2].
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, epsilon: float | None, gated: bool):
-        (outputs, inputs), bias = weight.shape, weight.new_zeros(len(weight)) if bias is None else bias
-        self._tiled = weight.dtype == torch.bfloat16
-        block = 2 * _TILE if self._tiled else _PANEL
-        if gated:  # half a block of gates beside their other halves
-            order = torch.arange(outputs).view(2, -1, block // 2).transpose(0, 1).flatten()
-            weight, bias = weight[order], bias[order]
-        missing = -outputs % block
-        if self._tiled:
-            self._weight = weight.new_empty(-(-outputs // block), -(-inputs // _DEPTH), 2, _TILE, _TILE, 2)
-            _run("lay_tiles", weight.contiguous(), self._weight, outputs, inputs)
-        else:
-            padded = torch.nn.functional.pad(weight, (0, 0, 0, missing))
-            self._weight = padded.unflatten(0, (-1, block)).mT.contiguous()
-        self._bias = torch.nn.functional.pad(bias.float(), (0, missing))
-        self._inputs, self._outputs, self._gated = inputs, outputs, gated
-        self._epsilon = -1.0 if epsilon is None else epsilon
+        order, bias = self._takes(weight, bias, epsilon, gated, _PANEL)
+        padded = torch.nn.functional.pad(weight[order] if gated else weight, (0, 0, 0, len(bias) - len(weight)))
+        self._weight = padded.unflatten(0, (-1, _PANEL)).mT.contiguous()
+
+    def _takes(self, weight: Tensor, bias: Tensor | None, epsilon: float | None, gated: bool, block: int) -> tuple[Tensor, Tensor]:
+        """Returns: which output stands where, half a block of gates beside their other halves; the bias, padded to whole
+        blocks."""
+        self._outputs, self._inputs = weight.shape
+        self._gated, self._epsilon = gated, -1.0 if epsilon is None else epsilon
+        order = torch.arange(self._outputs)
+        if gated:
+            order = order.view(2, -1, block // 2).transpose(0, 1).flatten()
+        bias = weight.new_zeros(self._outputs) if bias is None else bias[order]
+        self._bias = torch.nn.functional.pad(bias.float(), (0, -self._outputs % block))
+        return order, self._bias
 
     def __call__(self, x: Tensor, into: Tensor | None = None) -> Tensor:
         """Args: x: [N, K]. into: what the product is added to, in place."""
         x, outputs = x.contiguous(), self._outputs
         _match("product", x.shape[1:], (self._inputs,))
         out = x.new_empty(len(x), outputs // 2 if self._gated else outputs) if into is None else into
-        how = self._epsilon, into is not None, self._gated
-        if self._tiled:
-            narrow = x.new_empty(-(-len(x) // _TILE) * _TILE, self._weight.shape[1] * _DEPTH, dtype=torch.bfloat16)
-            _run("tile_product", x, narrow, self._weight, self._bias, out, *x.shape, outputs, *how)
-        else:
-            _run("product", x, self._weight, self._bias, out, *x.shape, outputs, *how)
+        self._multiply(x, out, *x.shape, outputs, self._epsilon, into is not None, self._gated)
         return out
+
+    def _multiply(self, x: Tensor, out: Tensor, *how: float) -> None:
+        _run("product", x, self._weight, self._bias, out, *how)
+
+
+class TileProduct(Product):
+    """The same of a bfloat16 matrix, where `multiplies(bfloat16)`. It is laid out so that up to 32 rows read it once, from end to
+    end; x is rounded to bfloat16 for it.
+
+    Args:
+      columns, rows: what the weight's inputs and its outputs (not the bias) are multiplied by, float32; it is rounded once.
+      order: which of the weight's outputs each is.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        epsilon: float | None,
+        gated: bool,
+        columns: Tensor | None = None,
+        rows: Tensor | None = None,
+        order: Tensor | None = None,
+    ):
+        own, _ = self._takes(weight, bias, epsilon, gated, 2 * _TILE)
+        outputs, inputs = weight.shape
+        self._weight = weight.new_empty(-(-outputs // (2 * _TILE)), -(-inputs // _DEPTH), 2, _TILE, _TILE, 2)
+        _run("lay_tiles", weight.contiguous(), own if order is None else order[own], rows, columns, self._weight, outputs, inputs)
+
+    def _multiply(self, x: Tensor, out: Tensor, *how: float) -> None:
+        narrow = x.new_empty(-(-len(x) // _TILE) * _TILE, self._weight.shape[1] * _DEPTH, dtype=torch.bfloat16)
+        _run("tile_product", x, narrow, self._weight, self._bias, out, *how)
 
 
 def choose(logits_NV: Tensor, uniform_N: Tensor, temperature: float | None) -> tuple[Tensor, Tensor, Tensor]:

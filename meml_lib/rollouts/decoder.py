@@ -264,20 +264,24 @@ def _linear(
     weights, biases = [_merged(module) for module in modules], [module.bias for module in modules]
     weight = torch.cat(weights) if len(weights) > 1 else weights[0]
     bias = None if biases[0] is None else torch.cat(biases)
-    dtype = weight.dtype
+    dtype, known = weight.dtype, act is None or type(act) is type(ACT2FN["silu"]) and cpu.gates(len(weight))
+    if bias is not None and rows is not None:
+        bias = (bias * rows).to(dtype)
+    if bias is not None and order is not None:
+        bias = bias[order]
+    on_cpu = weight.device.type == "cpu"
+    if on_cpu and known and dtype == torch.bfloat16 and cpu.multiplies(dtype):
+        return cpu.TileProduct(weight, bias, epsilon, act is not None, columns, rows, order)
     if columns is not None:
         weight = weight * columns
     if rows is not None:
         weight = weight * rows[:, None]
-        bias = None if bias is None else (bias * rows).to(dtype)
     weight = weight.to(dtype)
     if order is not None:
-        weight, bias = weight[order], None if bias is None else bias[order]
+        weight = weight[order]
     if products.slow(dtype, weight.device):
         dtype, weight, bias = torch.float32, weight.float(), None if bias is None else bias.float()
-    small = dtype == torch.bfloat16 or weight.numel() < _PACK
-    known = act is None or type(act) is type(ACT2FN["silu"]) and cpu.gates(len(weight))
-    if weight.device.type == "cpu" and small and known and cpu.multiplies(dtype):
+    if on_cpu and known and dtype == torch.float32 and weight.numel() < _PACK and cpu.multiplies(dtype):
         return cpu.Product(weight, bias, epsilon, gated=act is not None)
     product = _product(weight, bias)
 

@@ -84,8 +84,8 @@ def memory(p: config.Run, model: PreTrainedModel) -> tuple[list[tuple[str, int, 
     of_gradients = f"parameters x {size} bytes{over}{', and all-reduce buckets' * buckets}"
     head_size = _head(c)
     cpu = p.hardware.device == "cpu"
-    exact = 4 if cpu else size  # of what `decoder` computes and caches
-    cache = rows * (prompt + answer) * layers * 2 * c.num_key_value_heads * head_size * exact
+    exact = 4 if cpu else size  # of what `decoder` computes
+    cache = rows * (prompt + answer) * layers * 2 * c.num_key_value_heads * head_size * size
     # The sampler's copies of weights (q, k and v, and gate and up, fused; on a CPU all, laid out for its products), logits
     # of two steps, and a draw's work, of each entry float32 logits, p and two more.
     fused = layers * c.hidden_size * ((c.num_attention_heads + 2 * c.num_key_value_heads) * head_size + 2 * c.intermediate_size)
@@ -103,7 +103,7 @@ def memory(p: config.Run, model: PreTrainedModel) -> tuple[list[tuple[str, int, 
     ]
     sampling = [
         ("or: sampling", cache, f"KV cache of {rows} rows x ({prompt} + {answer}) tokens x {layers} "
-         f"layers x 2 x {c.num_key_value_heads} heads x {head_size} x {exact} bytes"),
+         f"layers x 2 x {c.num_key_value_heads} heads x {head_size} x {size} bytes"),
         ("", step, f"{copied:,} weights {'laid out' if cpu else 'fused'} x {each} bytes; "
          f"{rows} rows x {c.vocab_size:,} words x 2 x {exact} bytes, and 16 bytes of at most {native.CUDA_ENTRIES:,} at once"),
     ]  # fmt: skip
