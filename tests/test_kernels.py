@@ -1,6 +1,7 @@
 """The decode step's own loops against plain torch: in C, and Triton's on a GPU or, where Triton is installed alone, by its
 interpreter (which needs a numpy before 2.4)."""
 
+import math
 import os
 import subprocess
 from importlib.util import find_spec
@@ -204,6 +205,15 @@ def plain_and_compiled(plain, compiled, *inputs):
 
 
 CLOSE = {torch.float32: {"atol": 1e-5, "rtol": 1e-5}, torch.bfloat16: {"atol": 0.02, "rtol": 0.02}}
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize("shape", [(1,), (3, 7), (5000,), (3, 4097), (2, 2, 2**15 + 1)])
+def test_a_sum_of_squares_is_exact(shape, dtype):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert cpu.square_sum(x) == pytest.approx(x.double().square().sum().item(), rel=1e-6)
+    assert cpu.square_sum(x.mT if x.ndim > 1 else x) == pytest.approx(cpu.square_sum(x), rel=1e-6)
+    assert math.isnan(cpu.square_sum(torch.cat([x.flatten(), torch.tensor([torch.nan], dtype=dtype)])))
 
 
 @pytest.mark.parametrize("dtype", CLOSE)

@@ -539,3 +539,26 @@ void score_back(void *logits, const int64_t *token, const float *lse, const floa
 #pragma omp parallel for num_threads(threads)
     for (long n = 0; n < rows; n++) FOR_BOTH(score_row_back, logits, token, lse, grad, n, words);
 }
+
+INLINE void add_squares(const void *x, double *sum, long from, long end, const int half)
+{
+    float squares = 0.0f;
+#pragma omp simd reduction(+ : squares)
+    for (long i = from; i < end; i++) squares += get(x, i, half) * get(x, i, half);
+    *sum += squares;
+}
+
+/* The sum of squares of each of so many equal parts, but for the last; theirs is the thread's that has them. */
+void square_sums(const void *x, double *sums, int64_t parts, int64_t numbers, int64_t half, int64_t threads)
+{
+    const long each = (numbers + parts - 1) / parts;
+#pragma omp parallel for num_threads(threads)
+    for (long part = 0; part < parts; part++) {
+        double sum = 0.0;
+        for (long from = part * each; from < (part + 1) * each && from < numbers; from += 4096) {
+            const long most = (part + 1) * each < numbers ? (part + 1) * each : numbers;
+            FOR_BOTH(add_squares, x, &sum, from, from + 4096 < most ? from + 4096 : most);
+        }
+        sums[part] = sum;
+    }
+}

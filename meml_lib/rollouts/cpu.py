@@ -39,6 +39,7 @@ _ARGUMENTS = {
     "gate_back": "AAAAAiii",
     "score": "ALFFiiii",
     "score_back": "ALFFiiii",
+    "square_sums": "ADiiii",
 }
 """Of each function of cpu.c: tensors (F: float32, B: bfloat16, D: float64, L: int64, A: either of the first two, all of the
 same), i: int64, d: double. The last is the number of threads; where there are A, whether they are bfloat16 comes before it."""
@@ -302,3 +303,10 @@ def score_back(logits_NV: Tensor, token_N: Tensor, lse_N: Tensor, grad_N: Tensor
     """Logits become the gradient by them, of a gradient by the log-probabilities that `score` told of the same tokens."""
     _match("score_back", logits_NV.shape[:1], token_N.shape, lse_N.shape, grad_N.shape)
     _run("score_back", logits_NV, token_N, lse_N, grad_N, *logits_NV.shape)
+
+
+def square_sum(x: Tensor) -> float:
+    """Of all numbers; in float32 of some thousands at a time, in float64 of these sums."""
+    sums = torch.empty(torch.get_num_threads(), dtype=torch.float64, device="cpu")
+    _run("square_sums", x.contiguous(), sums, len(sums), x.numel())
+    return sums.sum().item()
