@@ -13,7 +13,7 @@ import os
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -104,20 +104,29 @@ def _loaded(file: str | Path) -> ctypes.CDLL:
     return found
 
 
-def _run(name: str, *arguments: Tensor | float) -> None:
-    told, either = [], None
-    for kind, x in zip(_ARGUMENTS[name], arguments, strict=False):  # but for what is added below
-        if isinstance(x, Tensor):
-            if kind == "A" and either is None and x.dtype in (torch.float32, torch.bfloat16):
+@cache
+def _function(name: str) -> tuple[Callable[..., None], list[tuple[int, torch.dtype | None]]]:
+    """A function, and where its tensors stand, with their dtype: None for either."""
+    return getattr(library(), name), [(i, _TENSORS.get(kind)) for i, kind in enumerate(_ARGUMENTS[name]) if kind not in "id"]
+
+
+def _run(name: str, *arguments: Tensor | float | None) -> None:
+    """What this takes beyond the function's own time, some microseconds, a decode step takes 150 times."""
+    (function, tensors), told, either = _function(name), list(arguments), None
+    for i, dtype in tensors:
+        x = told[i]
+        if x is None:
+            continue
+        if dtype is None:
+            if either is None and x.dtype in (torch.float32, torch.bfloat16):
                 either = x.dtype
-            wanted = _TENSORS.get(kind, either)
-            if not (x.dtype is wanted and x.is_cpu and x.is_contiguous()):
-                raise TypeError(f"cpu.{name}: a {x.dtype} tensor on {x.device}, strides {x.stride()}, for {wanted}")
-            x = x.data_ptr()
-        told.append(x)
+            dtype = either
+        if not (x.dtype is dtype and x.is_cpu and x.is_contiguous()):
+            raise TypeError(f"cpu.{name}: a {x.dtype} tensor on {x.device}, strides {x.stride()}, for {dtype}")
+        told[i] = x.data_ptr()
     if either is not None:
-        told.append(either == torch.bfloat16)
-    getattr(library(), name)(*told, torch.get_num_threads())
+        told.append(either is torch.bfloat16)
+    function(*told, torch.get_num_threads())
 
 
 def _match(name: str, shape: Sequence[int], *others: Sequence[int]) -> None:
@@ -201,9 +210,11 @@ class Product:
     def __call__(self, x: Tensor, into: Tensor | None = None) -> Tensor:
         """Args: x: [N, K]. into: what the product is added to, in place."""
         x, outputs = x.contiguous(), self._outputs
-        _match("product", x.shape[1:], (self._inputs,))
-        out = x.new_empty(len(x), outputs // 2 if self._gated else outputs) if into is None else into
-        self._multiply(x, out, *x.shape, outputs, self._epsilon, into is not None, self._gated)
+        rows, inputs = x.shape
+        if inputs != self._inputs:
+            raise ValueError(f"cpu.product: rows of {inputs} numbers, for {self._inputs}")
+        out = x.new_empty(rows, outputs // 2 if self._gated else outputs) if into is None else into
+        self._multiply(x, out, rows, inputs, outputs, self._epsilon, into is not None, self._gated)
         return out
 
     def _multiply(self, x: Tensor, out: Tensor, *how: float) -> None:
@@ -218,6 +229,9 @@ class TileProduct(Product):
       columns, rows: what the weight's inputs and its outputs (not the bias) are multiplied by, float32; it is rounded once.
       order: which of the weight's outputs each is.
     """
+
+    _narrow = torch.empty(0, dtype=torch.bfloat16)
+    """Room for any product's rounded rows: one at a time runs, and finds it in the processor's cache."""
 
     def __init__(
         self,
@@ -234,9 +248,12 @@ class TileProduct(Product):
         self._weight = weight.new_empty(-(-outputs // (2 * _TILE)), -(-inputs // _DEPTH), 2, _TILE, _TILE, 2)
         _run("lay_tiles", weight.contiguous(), own if order is None else order[own], rows, columns, self._weight, outputs, inputs)
 
-    def _multiply(self, x: Tensor, out: Tensor, *how: float) -> None:
-        narrow = x.new_empty(-(-len(x) // _TILE) * _TILE, self._weight.shape[1] * _DEPTH, dtype=torch.bfloat16)
-        _run("tile_product", x, narrow, self._weight, self._bias, out, *how)
+
+    def _multiply(self, x: Tensor, out: Tensor, rows: int, *how: float) -> None:
+        needed = -(-rows // _TILE) * _TILE * self._weight.shape[1] * _DEPTH
+        if needed > len(TileProduct._narrow):
+            TileProduct._narrow = torch.empty(needed, dtype=torch.bfloat16)
+        _run("tile_product", x, self._narrow, self._weight, self._bias, out, rows, *how)
 
 
 def choose(logits_NV: Tensor, uniform_N: Tensor, temperature: float | None) -> tuple[Tensor, Tensor, Tensor]:
