@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LOSSES, CREDIT, BUFFER = "meml_lib/training/losses.py", "meml_lib/training/credit.py", "meml_lib/training/buffer.py"
 PACKING, PLAIN = "meml_lib/training/packing.py", "test_packing.py::test_a_packed_update_is_the_plain_one_whatever_the_micro_batch"
 LEAN, CPU, KERNELS = "meml_lib/training/lean.py", "meml_lib/rollouts/cpu.c", "test_kernels.py::test_"
+TIED = "meml_lib/training/tied.py"
 NLL = "    return -(weight_N[:, None] * logp_NT.masked_fill(~mask_NT, 0.0)).sum()"
 GAP = "    gap_NT = best_logp_NT.detach() - logp_NT\n    return (weight_N[:, None] * gap_NT.masked_fill(~mask_NT, 0.0)).sum()"
 K2 = "0.5 * gap_NT.masked_fill(~mask_NT, 0.0).square()"
@@ -60,6 +61,10 @@ MUTANTS = [  # what is broken, file, text, its replacement, the test that must f
     ("compiled: a norm's gradient without its scale's", CPU, "slope[d] - unit[d] * along", "slope[d]", f"{KERNELS}an_updates_norm_and_its_gradients_are_torchs"),
     ("compiled: a gate's gradient without its slope", CPU, "* (1.0f + x * (1.0f - sigmoid))", "", f"{KERNELS}a_gate_and_its_gradients_are_torchs"),
     ("a norm's gradient without its scale's", LEAN, "value=-1 / x.shape[-1]", "value=0", "test_lean.py::test_gradients_are_those_of_the_plain_model"),
+    ("a tied weight learns nothing as an embedding", TIED, "total.index_add_(0, found, rows.to(total.dtype))", "total", "test_tied.py::test_it_is_the_plain_gradient"),
+    ("a tied weight's padding is trained", TIED, "grad if ctx.padding is None else", "grad if True else", "test_tied.py::test_it_is_the_plain_gradient"),
+    ("a tied weight's rows are summed in bfloat16", TIED, "grad.flatten(0, -2).float()", "grad.flatten(0, -2)", "test_tied.py::test_a_word_that_is_looked_up_a_thousand_times_is_summed_in_float32"),
+    ("compiled: keys in bfloat16 are cut, not rounded", CPU, "put(own_k, k + (at / LANES * size + d) * LANES + at % LANES, turned[d], half)", "put(own_k, k + (at / LANES * size + d) * LANES + at % LANES, half ? turned[d] * 0.99f : turned[d], half)", f"{KERNELS}keys_and_values_in_bfloat16_are_the_rounded_ones"),
     ("only the last slab trains the output layer", "meml_lib/training/head.py", "return more if total is None else", "return more if True else", "test_packing.py::test_each_part_and_all_together_are_the_plain_ones"),
     ("no end token to learn", "meml_lib/training/policy.py", "[\"input_ids\"], self.answer_end_id)", "[\"input_ids\"],)", "test_policy.py::test_an_answer_trains_its_end_token_even_where_pad_is_eos"),
     ("bfloat16 without float32 copies", "meml_lib/training/learner.py", "weight.detach().float() for name", "weight.detach() for name", "test_learner.py::test_bfloat16_weights_keep_updates_smaller_than_their_own_grid"),

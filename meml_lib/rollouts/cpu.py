@@ -212,7 +212,7 @@ class Product:
         x, outputs = x.contiguous(), self._outputs
         rows, inputs = x.shape
         if inputs != self._inputs:
-            raise ValueError(f"cpu.product: rows of {inputs} numbers, for {self._inputs}")
+            _match("product", (inputs,), (self._inputs,))
         out = x.new_empty(rows, outputs // 2 if self._gated else outputs) if into is None else into
         self._multiply(x, out, rows, inputs, outputs, self._epsilon, into is not None, self._gated)
         return out

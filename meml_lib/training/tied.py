@@ -35,7 +35,7 @@ class _Output(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        ctx.tied.of_output = grad
+        ctx.tied.of_output = grad.contiguous()  # `AnswerLoss` made it for this weight alone: it may be added to
         return None, None
 
 
