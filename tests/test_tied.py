@@ -44,3 +44,9 @@ def test_the_output_layers_block_is_the_gradient():
     weight.register_hook(lambda grad: blocks.append(grad.data_ptr()))
     nn.functional.linear(embedded, weight).square().sum().backward()
     assert blocks == [module.weight.grad.data_ptr()]
+
+
+def test_without_a_loss_of_logits_the_embedding_learns_alone():
+    module, tied = nn.Embedding(WORDS, WIDE), Tied()
+    tied.embed(module, TOKENS).sum().backward()
+    assert module.weight.grad.sum(1).tolist() == [2 * WIDE, 0, 0, 3 * WIDE, 0, 0, 0, 2 * WIDE, 0, 0, WIDE]

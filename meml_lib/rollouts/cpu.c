@@ -548,7 +548,8 @@ INLINE void add_squares(const void *x, double *sum, long from, long end, const i
     *sum += squares;
 }
 
-/* The sum of squares of each of so many equal parts, but for the last; theirs is the thread's that has them. */
+/* Sums of squares of so many parts, equal but for the last, which may be shorter: as many as threads, so that the sum of sums is
+   the same in every run. */
 void square_sums(const void *x, double *sums, int64_t parts, int64_t numbers, int64_t half, int64_t threads)
 {
     const long each = (numbers + parts - 1) / parts;

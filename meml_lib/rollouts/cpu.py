@@ -111,7 +111,7 @@ def _function(name: str) -> tuple[Callable[..., None], list[tuple[int, torch.dty
 
 
 def _run(name: str, *arguments: Tensor | float | None) -> None:
-    """What this takes beyond the function's own time, some microseconds, a decode step takes 150 times."""
+    # A decode step comes here 150 times: each microsecond counts.
     (function, tensors), told, either = _function(name), list(arguments), None
     for i, dtype in tensors:
         x = told[i]
@@ -191,13 +191,12 @@ class Product:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, epsilon: float | None, gated: bool):
-        order, bias = self._takes(weight, bias, epsilon, gated, _PANEL)
-        padded = torch.nn.functional.pad(weight[order] if gated else weight, (0, 0, 0, len(bias) - len(weight)))
+        order = self._takes(weight, bias, epsilon, gated, _PANEL)
+        padded = torch.nn.functional.pad(weight[order], (0, 0, 0, len(self._bias) - len(weight)))
         self._weight = padded.unflatten(0, (-1, _PANEL)).mT.contiguous()
 
-    def _takes(self, weight: Tensor, bias: Tensor | None, epsilon: float | None, gated: bool, block: int) -> tuple[Tensor, Tensor]:
-        """Returns: which output stands where, half a block of gates beside their other halves; the bias, padded to whole
-        blocks."""
+    def _takes(self, weight: Tensor, bias: Tensor | None, epsilon: float | None, gated: bool, block: int) -> Tensor:
+        """Returns: which output stands where: half a block of gates beside their other halves."""
         self._outputs, self._inputs = weight.shape
         self._gated, self._epsilon = gated, -1.0 if epsilon is None else epsilon
         order = torch.arange(self._outputs)
@@ -205,7 +204,7 @@ class Product:
             order = order.view(2, -1, block // 2).transpose(0, 1).flatten()
         bias = weight.new_zeros(self._outputs) if bias is None else bias[order]
         self._bias = torch.nn.functional.pad(bias.float(), (0, -self._outputs % block))
-        return order, self._bias
+        return order
 
     def __call__(self, x: Tensor, into: Tensor | None = None) -> Tensor:
         """Args: x: [N, K]. into: what the product is added to, in place."""
@@ -243,11 +242,10 @@ class TileProduct(Product):
         rows: Tensor | None = None,
         order: Tensor | None = None,
     ):
-        own, _ = self._takes(weight, bias, epsilon, gated, 2 * _TILE)
+        own = self._takes(weight, bias, epsilon, gated, 2 * _TILE)
         outputs, inputs = weight.shape
         self._weight = weight.new_empty(-(-outputs // (2 * _TILE)), -(-inputs // _DEPTH), 2, _TILE, _TILE, 2)
         _run("lay_tiles", weight.contiguous(), own if order is None else order[own], rows, columns, self._weight, outputs, inputs)
-
 
     def _multiply(self, x: Tensor, out: Tensor, rows: int, *how: float) -> None:
         needed = -(-rows // _TILE) * _TILE * self._weight.shape[1] * _DEPTH

@@ -77,8 +77,11 @@ class Weights:
         q = q[:, self._pairs].unflatten(0, (self.kv_heads, self.shared))
         self._order = torch.cat((q, k[:, None, self._pairs], v[:, None]), dim=1).flatten()
         self.rotary = base.model.rotary_emb
-        self.dtype = base.model.embed_tokens.weight.dtype if model.device.type == "cuda" else torch.float32
+        on_cuda, own = model.device.type == "cuda", base.model.embed_tokens.weight.dtype
+        self.dtype = own if on_cuda else torch.float32
         """Of what stands between products."""
+        self.kept = own if on_cuda or own == torch.bfloat16 else torch.float32
+        """Of keys and values."""
         self.embedding, self.head = base.model.embed_tokens.weight, _linear(base.lm_head)
         self._final = base.model.norm.weight.float()
         self.layers = [self._layer(layer) for layer in base.model.layers]
@@ -148,8 +151,8 @@ class Decoder:
 
     def _reserved(self, *shape: int) -> tuple[Tensor, ...]:
         if self._length_P.is_cuda:
-            return tuple(torch.empty(2, *shape, dtype=self._w.embedding.dtype, device=self._length_P.device))
-        return cpu.answers_cache(*shape, self._w.embedding.dtype)
+            return tuple(torch.empty(2, *shape, dtype=self._w.kept, device=self._length_P.device))
+        return cpu.answers_cache(*shape, self._w.kept)
 
     def _prefill(self, prompts: Sequence[tuple[int, ...]]) -> Tensor:
         """Run the prompts, padded on the right, and keep their keys and values. Returns: the next token's logits [P, V]."""
@@ -162,7 +165,7 @@ class Decoder:
             qkv = w.turned(qkv, turn_N).to(w.dtype)
             qkv = qkv.unflatten(0, batch).permute(0, 2, 3, 1, 4)  # [P, kv heads, R + 2, T, size]
             q, k, v = (x.contiguous() for x in (qkv[:, :, :-2].flatten(1, 2), qkv[:, :, -2], qkv[:, :, -1]))
-            kept = k.flatten(0, 1).to(w.embedding.dtype), v.flatten(0, 1).to(w.embedding.dtype)
+            kept = k.flatten(0, 1).to(w.kept), v.flatten(0, 1).to(w.kept)
             self._prompts.append(kept if k.is_cuda else cpu.prompts_cache(*kept))
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=w.shared > 1)
             return out.transpose(1, 2)

@@ -43,14 +43,14 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx, token: Tensor, weight: Tensor, padding: int | None, tied: Tied) -> Tensor:
         ctx.save_for_backward(token)
-        ctx.padding, ctx.tied = padding, tied
+        ctx.shape, ctx.padding, ctx.tied = weight.shape, padding, tied
         return functional.embedding(token, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         (token,), total = ctx.saved_tensors, ctx.tied.of_output
-        ctx.tied.of_output = None
+        total, ctx.tied.of_output = grad.new_zeros(ctx.shape) if total is None else total, None
         grad = grad if ctx.padding is None else grad.masked_fill((token == ctx.padding)[..., None], 0.0)
         # Each different token's rows are summed in float32, at the first of as many places as there are tokens.
         ordered, order = token.flatten().sort(stable=True)
