@@ -66,17 +66,22 @@ def test_a_token_attends_to_its_prompt_its_answer_and_itself(loops, heads, kv_he
 @pytest.mark.parametrize("at", [0, 20])
 def test_keys_and_values_in_bfloat16_are_the_rounded_ones(at):
     torch.manual_seed(at)
-    (rows, heads, shared, size, longest, room), place = (4, 2, 3, 20, 21, 24), torch.tensor([at])
-    qkv, turn_N = torch.randn(rows, heads, shared + 2, size), torch.ones(rows, size // 2, dtype=torch.complex64)
-    qkv[:, :, -2:] = qkv[:, :, -2:].bfloat16().float()
-    kept, own = torch.randn(2, 2 * heads, longest, size).bfloat16(), torch.randn(2, rows * heads, room, size).bfloat16()
-    rest = torch.tensor([0, 1, 1, 0]), torch.tensor([21, 5]), place
-    exact = [cpu.prompts_cache(*x.float()) for x in (kept, own)]
-    narrow = [cpu.prompts_cache(*x) for x in (kept, own)]
-    assert [x.dtype for x in narrow[1]] == [x.dtype for x in cpu.answers_cache(8, room, size, torch.bfloat16)]
-    torch.testing.assert_close(cpu.attend(qkv, turn_N, *narrow, *rest), cpu.attend(qkv, turn_N, *exact, *rest))
-    for one, other in zip(narrow[1], exact[1], strict=True):
-        assert one.float().equal(other)
+    rows, heads, shared, size, room = 3, 2, 3, 20, 24
+    qkv, turn_N = torch.randn(rows, heads, shared + 2, size), torch.polar(torch.ones(rows, size // 2), torch.randn(rows, size // 2))
+    kept, before = torch.randn(2, 2 * heads, 21, size).bfloat16(), torch.randn(2, rows * heads, room, size).bfloat16()
+    prompt, own, of_row, length = cpu.prompts_cache(*kept), cpu.prompts_cache(*before), [0, 1, 1], [21, 5]
+    assert [(x.dtype, x.shape) for x in own] == [(x.dtype, x.shape) for x in cpu.answers_cache(6, room, size, torch.bfloat16)]
+    out = cpu.attend(qkv, turn_N, prompt, own, torch.tensor(of_row), torch.tensor(length), torch.tensor([at]))
+    turned = torch.view_as_real(torch.view_as_complex(qkv.unflatten(-1, (-1, 2))) * turn_N[:, None, None]).flatten(-2)
+    k, v = own[0].mT.flatten(1, 2)[:, at], own[1][:, at, :size]
+    exact = turned[:, :, -2].flatten(0, 1)
+    assert ((k.float() - exact).abs() <= 1.001 * 2**-8 * exact.abs()).all()  # half of a bfloat16's last place: cut, it may be a whole
+    assert v.equal(qkv[:, :, -1].flatten(0, 1).bfloat16())
+    for n, h in ((n, h) for n in range(rows) for h in range(heads)):
+        asked, mine, far = of_row[n] * heads + h, n * heads + h, length[of_row[n]]
+        keys, values = (torch.cat([kept[i, asked, :far], before[i, mine, :at], x[mine, None]]) for i, x in enumerate((k, v)))
+        expected = (turned[n, h, :-2].double() @ keys.double().T).softmax(-1) @ values.double()
+        torch.testing.assert_close(out[n, h], expected.float(), atol=2e-5, rtol=2e-5)
 
 
 def test_queries_of_a_long_text_attend_as_many_do():
@@ -183,9 +188,13 @@ def test_a_matrix_in_tiles_is_the_scaled_and_ordered_one(given, inputs, outputs)
     parts = {name: value for name, value in (parts | {"order": torch.randperm(outputs)}).items() if name in given}
     scaled = weight * parts.get("columns", torch.ones(inputs)) * parts.get("rows", torch.ones(outputs))[:, None]
     scaled = scaled.bfloat16()[parts.get("order", slice(None))]
+    x, bias = torch.randn(3, inputs), torch.randn(outputs).bfloat16()
     for gated in (False, True)[: 1 + cpu.gates(outputs)]:
-        x = torch.randn(3, inputs)
-        assert cpu.TileProduct(weight, None, None, gated, **parts)(x).equal(cpu.TileProduct(scaled, None, None, gated)(x))
+        assert cpu.TileProduct(weight, bias, None, gated, **parts)(x).equal(cpu.TileProduct(scaled, bias, None, gated)(x))
+    with pytest.raises(ValueError, match=r"cpu.TileProduct: .* and \(5,\) do not match"):
+        cpu.TileProduct(weight, bias, None, False, **{given[0]: torch.ones(5)})
+    with pytest.raises(IndexError):
+        cpu.TileProduct(weight, bias, None, False, order=torch.arange(outputs) + 1)
 
 
 def test_a_processor_with_tiles_uses_them():
@@ -209,10 +218,10 @@ CLOSE = {torch.float32: {"atol": 1e-5, "rtol": 1e-5}, torch.bfloat16: {"atol": 0
 
 @pytest.mark.parametrize("dtype", CLOSE)
 @pytest.mark.parametrize("shape", [(1,), (3, 7), (5000,), (3, 4097), (2, 2, 2**15 + 1)])
-def test_a_sum_of_squares_is_exact(shape, dtype):
+def test_a_sum_of_squares_is_that_of_float64(shape, dtype):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    assert cpu.square_sum(x) == pytest.approx(x.double().square().sum().item(), rel=1e-6)
-    assert cpu.square_sum(x.mT if x.ndim > 1 else x) == pytest.approx(cpu.square_sum(x), rel=1e-6)
+    assert cpu.square_sum(x) == pytest.approx(x.double().square().sum().item(), rel=1e-5)
+    assert cpu.square_sum(x.mT if x.ndim > 1 else x) == pytest.approx(cpu.square_sum(x), rel=1e-5)
     assert math.isnan(cpu.square_sum(torch.cat([x.flatten(), torch.tensor([torch.nan], dtype=dtype)])))
 
 

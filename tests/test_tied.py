@@ -50,3 +50,13 @@ def test_without_a_loss_of_logits_the_embedding_learns_alone():
     module, tied = nn.Embedding(WORDS, WIDE), Tied()
     tied.embed(module, TOKENS).sum().backward()
     assert module.weight.grad.sum(1).tolist() == [2 * WIDE, 0, 0, 3 * WIDE, 0, 0, 0, 2 * WIDE, 0, 0, WIDE]
+
+
+def test_logits_that_are_given_twice_teach_twice():
+    module, tied = nn.Embedding(WORDS, WIDE), Tied()
+    embedded = tied.embed(module, TOKENS)
+    logits = [nn.functional.linear(embedded, tied.output(module.weight)) for _ in range(2)]
+    sum(x.square().sum() for x in logits).backward()
+    found, module.weight.grad = module.weight.grad, None
+    (2 * nn.functional.linear(module(TOKENS), module.weight).square().sum()).backward()
+    torch.testing.assert_close(found, module.weight.grad)

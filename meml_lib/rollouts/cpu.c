@@ -548,17 +548,17 @@ INLINE void add_squares(const void *x, double *sum, long from, long end, const i
     *sum += squares;
 }
 
-/* Sums of squares of so many parts, equal but for the last, which may be shorter: as many as threads, so that the sum of sums is
-   the same in every run. */
+/* Sums of squares of so many parts, all but the last of one length: as many as threads, so that the sum of sums is the same in
+   every run. */
 void square_sums(const void *x, double *sums, int64_t parts, int64_t numbers, int64_t half, int64_t threads)
 {
     const long each = (numbers + parts - 1) / parts;
 #pragma omp parallel for num_threads(threads)
     for (long part = 0; part < parts; part++) {
         double sum = 0.0;
-        for (long from = part * each; from < (part + 1) * each && from < numbers; from += 4096) {
+        for (long from = part * each; from < (part + 1) * each && from < numbers; from += 1024) {
             const long most = (part + 1) * each < numbers ? (part + 1) * each : numbers;
-            FOR_BOTH(add_squares, x, &sum, from, from + 4096 < most ? from + 4096 : most);
+            FOR_BOTH(add_squares, x, &sum, from, from + 1024 < most ? from + 1024 : most);
         }
         sums[part] = sum;
     }

@@ -23,6 +23,7 @@ from torch import Tensor
 
 _SOURCE = Path(__file__).with_name("cpu.c")
 _PANEL, _TILE, _DEPTH = 16, 16, 32  # as in cpu.c
+_KEPT = 2**21  # numbers of a product's rounded rows that are kept room for; a decode step's are fewer, long prompts' are not
 _EVERY = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC")  # but for marked sums, arithmetic stays as written
 _SETTINGS = (("-march=native", "-fopenmp"), ("-march=native", "-fopenmp-simd"), ("-fopenmp-simd",), ())
 """Tried in this order: a compiler may know no OpenMP, torch bring none, or a processor have no name."""
@@ -209,9 +210,9 @@ class Product:
     def __call__(self, x: Tensor, into: Tensor | None = None) -> Tensor:
         """Args: x: [N, K]. into: what the product is added to, in place."""
         x, outputs = x.contiguous(), self._outputs
+        if x.shape[1:] != (self._inputs,):
+            _match("product", x.shape[1:], (self._inputs,))
         rows, inputs = x.shape
-        if inputs != self._inputs:
-            _match("product", (inputs,), (self._inputs,))
         out = x.new_empty(rows, outputs // 2 if self._gated else outputs) if into is None else into
         self._multiply(x, out, rows, inputs, outputs, self._epsilon, into is not None, self._gated)
         return out
@@ -225,12 +226,13 @@ class TileProduct(Product):
     end; x is rounded to bfloat16 for it.
 
     Args:
-      columns, rows: what the weight's inputs and its outputs (not the bias) are multiplied by, float32; it is rounded once.
+      bias: as it is added: multiplied, and in order.
+      columns, rows: what the weight's inputs and its outputs are multiplied by, float32; it is rounded once.
       order: which of the weight's outputs each is.
     """
 
     _narrow = torch.empty(0, dtype=torch.bfloat16)
-    """Room for any product's rounded rows: one at a time runs, and finds it in the processor's cache."""
+    """Room for any product's rounded rows: one runs at a time, in one thread, and finds it in the processor's cache."""
 
     def __init__(
         self,
@@ -244,14 +246,18 @@ class TileProduct(Product):
     ):
         own = self._takes(weight, bias, epsilon, gated, 2 * _TILE)
         outputs, inputs = weight.shape
+        for size, given in ((inputs, columns), (outputs, rows), (outputs, order)):
+            _match("TileProduct", (size,), *(() if given is None else (given.shape,)))
         self._weight = weight.new_empty(-(-outputs // (2 * _TILE)), -(-inputs // _DEPTH), 2, _TILE, _TILE, 2)
-        _run("lay_tiles", weight.contiguous(), own if order is None else order[own], rows, columns, self._weight, outputs, inputs)
+        _run("lay_tiles", weight.contiguous(), own if order is None else torch.arange(outputs)[order[own]], rows, columns, self._weight, outputs, inputs)
 
     def _multiply(self, x: Tensor, out: Tensor, rows: int, *how: float) -> None:
-        needed = -(-rows // _TILE) * _TILE * self._weight.shape[1] * _DEPTH
-        if needed > len(TileProduct._narrow):
-            TileProduct._narrow = torch.empty(needed, dtype=torch.bfloat16)
-        _run("tile_product", x, self._narrow, self._weight, self._bias, out, rows, *how)
+        needed, narrow = -(-rows // _TILE) * _TILE * self._weight.shape[1] * _DEPTH, TileProduct._narrow
+        if needed > len(narrow):
+            narrow = torch.empty(needed, dtype=torch.bfloat16)
+            if needed <= _KEPT:
+                TileProduct._narrow = narrow
+        _run("tile_product", x, narrow, self._weight, self._bias, out, rows, *how)
 
 
 def choose(logits_NV: Tensor, uniform_N: Tensor, temperature: float | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -321,7 +327,7 @@ def score_back(logits_NV: Tensor, token_N: Tensor, lse_N: Tensor, grad_N: Tensor
 
 
 def square_sum(x: Tensor) -> float:
-    """Of all numbers; in float32 of some thousands at a time, in float64 of these sums."""
+    """The sum of all numbers' squares, in float32 of a thousand at a time, in float64 of these sums."""
     sums = torch.empty(torch.get_num_threads(), dtype=torch.float64, device="cpu")
     _run("square_sums", x.contiguous(), sums, len(sums), x.numel())
     return sums.sum().item()

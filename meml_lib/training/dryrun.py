@@ -153,11 +153,11 @@ def pass_bytes(
     weights = c.vocab_size * c.hidden_size * (size if logits <= slab else 2 * size + 4)
     copies = 1 + (size < 4)
     output = min(logits, slab) + max(weights, min(copies * logits * 4 // size, copies * chunk))
-    later = c.tie_word_embeddings * c.vocab_size * c.hidden_size * size + passing
+    waiting = c.tie_word_embeddings * c.vocab_size * c.hidden_size * size
     if again:
         inputs = c.num_hidden_layers * tokens * c.hidden_size * size
-        return inputs + max(4 * (layer + passing) // 3, output)
-    return c.num_hidden_layers * layer + max(output, later)
+        return inputs + max(4 * (layer + passing) // 3 + waiting, output)
+    return c.num_hidden_layers * layer + max(output, waiting + passing)
 
 
 def _head(c: PreTrainedConfig) -> int:

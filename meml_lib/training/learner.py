@@ -270,7 +270,8 @@ class Learner:
         if all(cpu.serves(grad.device, grad.dtype) for grad in grads):
             square = sum(map(cpu.square_sum, grads))
         else:
-            squares = [torch.linalg.vector_norm(grad, dtype=torch.float32).square() for grad in grads]
+            pieces = (piece.float() for grad in grads for piece in grad.split(PART))
+            squares = [torch.dot(piece, piece) for piece in pieces]  # `vector_norm` of millions loses a hundredth on a CPU
             square = torch.stack(squares).double().sum().item()
         # Whole gradients are alike everywhere but for rounding, and would be clipped, and part, by it.
         return math.sqrt(self._over_processes([square], "sum" if sharding.is_sharded(self.model) else "max")[0])

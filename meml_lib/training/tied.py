@@ -35,7 +35,9 @@ class _Output(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        ctx.tied.of_output = grad.contiguous()  # `AnswerLoss` made it for this weight alone: it may be added to
+        # `AnswerLoss` made it for this weight alone: it may be added to.
+        before = ctx.tied.of_output
+        ctx.tied.of_output = grad.contiguous() if before is None else before.add_(grad)
         return None, None
 
 
@@ -52,10 +54,11 @@ class _Embedding(torch.autograd.Function):
         (token,), total = ctx.saved_tensors, ctx.tied.of_output
         total, ctx.tied.of_output = grad.new_zeros(ctx.shape) if total is None else total, None
         grad = grad if ctx.padding is None else grad.masked_fill((token == ctx.padding)[..., None], 0.0)
-        # Each different token's rows are summed in float32, at the first of as many places as there are tokens.
+        # The rows of equal tokens are summed in float32. How many are different could only be known by waiting for the device:
+        # there is a place for every token, and what is left over holds zeros.
         ordered, order = token.flatten().sort(stable=True)
         place = functional.pad(ordered.diff() != 0, (1, 0)).cumsum(0)
-        found = torch.zeros_like(ordered).scatter_(0, place, ordered)
+        found = ordered.scatter(0, place, ordered)
         place = torch.empty_like(place).scatter_(0, order, place)
         rows = torch.ops.aten.embedding_dense_backward(grad.flatten(0, -2).float(), place, len(found), -1, False)
         return None, total.index_add_(0, found, rows.to(total.dtype)), None, None
