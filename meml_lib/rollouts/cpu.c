@@ -98,13 +98,13 @@ INLINE void add_block(
 /* To each of up to 4 outs add a weighted sum of the same rows of so many vectors; up to 12 sums stay in registers.
    apart, between: from an out, from an out's weights to the next. at, stride: of the first row's first number, to the next row's.
    step: from a row's vector to its next. */
-INLINE void add_weighted(float *out, long apart, const float *weight, long between, const void *row, long at, long rows, long stride,
-                         long step, int sums, long vectors, const int half)
+static void add_weighted(float *out, long apart, const float *weight, long between, const void *row, long at, long rows, long stride,
+                         long step, int sums, long vectors, int half)
 {
     const long most = sums == 1 ? 8 : 12 / sums;
     for (; vectors > 0; vectors -= most, out += most * LANES, at += most * step) {
         switch (sums * 16 + (vectors < most ? vectors : most)) {
-#define CASE(s, n) case s * 16 + n: add_block(out, apart, weight, between, row, at, rows, stride, step, s, n, half); break;
+#define CASE(s, n) case s * 16 + n: FOR_BOTH(add_block, out, apart, weight, between, row, at, rows, stride, step, s, n); break;
             CASE(1, 1) CASE(1, 2) CASE(1, 3) CASE(1, 4) CASE(1, 5) CASE(1, 6) CASE(1, 7) CASE(1, 8)
             CASE(2, 1) CASE(2, 2) CASE(2, 3) CASE(2, 4) CASE(2, 5) CASE(2, 6)
             CASE(3, 1) CASE(3, 2) CASE(3, 3) CASE(3, 4) CASE(4, 1) CASE(4, 2) CASE(4, 3)
@@ -121,25 +121,11 @@ static void turn(float *out, const float *x, const float *angle, long size)
     }
 }
 
-typedef void weighted(float *, long, const float *, long, const void *, long, long, long, long, int, long);
-static void add_weighted_half(float *out, long apart, const float *weight, long between, const void *row, long at, long rows,
-                              long stride, long step, int sums, long vectors)
-{
-    add_weighted(out, apart, weight, between, row, at, rows, stride, step, sums, vectors, 1);
-}
-
-static void add_weighted_float(float *out, long apart, const float *weight, long between, const void *row, long at, long rows,
-                               long stride, long step, int sums, long vectors)
-{
-    add_weighted(out, apart, weight, between, row, at, rows, stride, step, sums, vectors, 0);
-}
-
 /* The layouts are told in cpu.py. A key's numbers stand LANES tokens side by side, so that a query's number meets LANES keys. */
 void attend(const float *qkv, const float *turn_N, const void *prompt_k, const void *prompt_v, void *own_k, void *own_v,
             const int64_t *prompt_of_row, const int64_t *length, float *out, int64_t rows, int64_t heads, int64_t shared,
             int64_t size, int64_t width, int64_t room, int64_t at, int64_t half, int64_t threads)
 {
-    weighted *const add = half ? add_weighted_half : add_weighted_float;
     const long wide = WHOLE(size), keys = width + at + 1;
 #pragma omp parallel for num_threads(threads)
     for (long i = 0; i < rows * heads; i++) {
@@ -155,8 +141,8 @@ void attend(const float *qkv, const float *turn_N, const void *prompt_k, const v
             const int asked = shared - from < most_asked ? shared - from : most_asked;
             for (int s = 0; s < asked; s++) turn(turned + s * size, x + (from + s) * size, turn_N + n * size, size);
             memset(score, 0, asked * apart * sizeof *score);
-            add(score, apart, turned, size, prompt_k, p * size * width, size, LANES, size * LANES, asked, width / LANES);
-            add(score + width, apart, turned, size, own_k, k, size, LANES, size * LANES, asked, at / LANES + 1);
+            add_weighted(score, apart, turned, size, prompt_k, p * size * width, size, LANES, size * LANES, asked, width / LANES, half);
+            add_weighted(score + width, apart, turned, size, own_k, k, size, LANES, size * LANES, asked, at / LANES + 1, half);
             float mass[most_asked];
             for (int s = 0; s < asked; s++) {
                 float *own = score + s * apart, most = -INFINITY, sum = 0.0f;
@@ -168,8 +154,8 @@ void attend(const float *qkv, const float *turn_N, const void *prompt_k, const v
                 mass[s] = sum;
             }
             memset(mixed, 0, asked * wide * sizeof *mixed);
-            add(mixed, wide, score, apart, prompt_v, p * width * wide, far, wide, LANES, asked, wide / LANES);
-            add(mixed, wide, score + width, apart, own_v, v, at + 1, wide, LANES, asked, wide / LANES);
+            add_weighted(mixed, wide, score, apart, prompt_v, p * width * wide, far, wide, LANES, asked, wide / LANES, half);
+            add_weighted(mixed, wide, score + width, apart, own_v, v, at + 1, wide, LANES, asked, wide / LANES, half);
             for (int s = 0; s < asked; s++)
                 for (long d = 0; d < size; d++) out[(i * shared + from + s) * size + d] = mixed[s * wide + d] / mass[s];
         }

@@ -13,7 +13,7 @@ import os
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -130,9 +130,10 @@ def _run(name: str, *arguments: Tensor | float | None) -> None:
     function(*told, torch.get_num_threads())
 
 
-def _match(name: str, shape: Sequence[int], *others: Sequence[int]) -> None:
-    if any(tuple(other) != tuple(shape) for other in others):
-        raise ValueError(f"cpu.{name}: {' and '.join(str(tuple(x)) for x in (shape, *others))} do not match")
+def _match(name: str, shape: tuple[int, ...], *others: tuple[int, ...]) -> None:
+    for other in others:
+        if other != shape:
+            raise ValueError(f"cpu.{name}: {' and '.join(str(tuple(x)) for x in (shape, *others))} do not match")
 
 
 def _whole(n: int) -> int:
@@ -210,8 +211,7 @@ class Product:
     def __call__(self, x: Tensor, into: Tensor | None = None) -> Tensor:
         """Args: x: [N, K]. into: what the product is added to, in place."""
         x, outputs = x.contiguous(), self._outputs
-        if x.shape[1:] != (self._inputs,):
-            _match("product", x.shape[1:], (self._inputs,))
+        _match("product", x.shape[1:], (self._inputs,))
         rows, inputs = x.shape
         out = x.new_empty(rows, outputs // 2 if self._gated else outputs) if into is None else into
         self._multiply(x, out, rows, inputs, outputs, self._epsilon, into is not None, self._gated)
@@ -249,7 +249,8 @@ class TileProduct(Product):
         for size, given in ((inputs, columns), (outputs, rows), (outputs, order)):
             _match("TileProduct", (size,), *(() if given is None else (given.shape,)))
         self._weight = weight.new_empty(-(-outputs // (2 * _TILE)), -(-inputs // _DEPTH), 2, _TILE, _TILE, 2)
-        _run("lay_tiles", weight.contiguous(), own if order is None else torch.arange(outputs)[order[own]], rows, columns, self._weight, outputs, inputs)
+        line = own if order is None else torch.arange(outputs)[order[own]]  # an error where there is no such output
+        _run("lay_tiles", weight.contiguous(), line, rows, columns, self._weight, outputs, inputs)
 
     def _multiply(self, x: Tensor, out: Tensor, rows: int, *how: float) -> None:
         needed, narrow = -(-rows // _TILE) * _TILE * self._weight.shape[1] * _DEPTH, TileProduct._narrow
