@@ -121,13 +121,16 @@ static void turn(float *out, const float *x, const float *angle, long size)
     }
 }
 
-/* The layouts are told in cpu.py. A key's numbers stand LANES tokens side by side, so that a query's number meets LANES keys. */
-void attend(const float *qkv, const float *turn_N, const void *prompt_k, const void *prompt_v, void *own_k, void *own_v,
-            const int64_t *prompt_of_row, const int64_t *length, float *out, int64_t rows, int64_t heads, int64_t shared,
-            int64_t size, int64_t width, int64_t room, int64_t at, int64_t half, int64_t threads)
+/* A decode step's loops are shared out among the threads that come to them together; functions that are handed a number of
+   threads gather them first.
+
+   The layouts are told in cpu.py. A key's numbers stand LANES tokens side by side, so that a query's number meets LANES keys. */
+static void attend_together(const float *qkv, const float *turn_N, const void *prompt_k, const void *prompt_v, void *own_k, void *own_v,
+                            const int64_t *prompt_of_row, const int64_t *length, float *out, long rows, long heads, long shared,
+                            long size, long width, long room, long at, int half)
 {
     const long wide = WHOLE(size), keys = width + at + 1;
-#pragma omp parallel for num_threads(threads)
+#pragma omp for
     for (long i = 0; i < rows * heads; i++) {
         const long n = i / heads, p = prompt_of_row[n] * heads + i % heads, far = length[prompt_of_row[n]];
         const float *x = qkv + i * (shared + 2) * size;
@@ -160,6 +163,15 @@ void attend(const float *qkv, const float *turn_N, const void *prompt_k, const v
                 for (long d = 0; d < size; d++) out[(i * shared + from + s) * size + d] = mixed[s * wide + d] / mass[s];
         }
     }
+}
+
+void attend(const float *qkv, const float *turn_N, const void *prompt_k, const void *prompt_v, void *own_k, void *own_v,
+            const int64_t *prompt_of_row, const int64_t *length, float *out, int64_t rows, int64_t heads, int64_t shared,
+            int64_t size, int64_t width, int64_t room, int64_t at, int64_t half, int64_t threads)
+{
+#pragma omp parallel num_threads(threads)
+    attend_together(qkv, turn_N, prompt_k, prompt_v, own_k, own_v, prompt_of_row, length, out, rows, heads, shared, size, width, room,
+                    at, half);
 }
 
 /* What RMSNorm multiplies a row by, beside its weight; 1 where epsilon is below 0. */
@@ -201,11 +213,11 @@ static inline float silu(float x)
 
 /* out[n] = or += W x[n] + bias, or silu(first half) * second half of it; x normed first unless epsilon < 0.
    panels: W as [M / PANEL, K, PANEL], padded; a gate's panel holds PANEL / 2 of each half. */
-void product(const float *x, const float *panels, const float *bias, float *out, int64_t rows, int64_t inputs,
-             int64_t outputs, double epsilon, int64_t add, int64_t gated, int64_t threads)
+static void product_together(const float *x, const float *panels, const float *bias, float *out, long rows, long inputs,
+                             long outputs, double epsilon, int add, int gated)
 {
     const long count = (outputs + PANEL - 1) / PANEL, wide = gated ? outputs / 2 : outputs;
-#pragma omp parallel for num_threads(threads)
+#pragma omp for
     for (long from = 0; from < rows; from += ROWS) {
         const long here = rows - from < ROWS ? rows - from : ROWS;
         float turned[inputs * ROWS], tile[ROWS][PANEL];
@@ -235,6 +247,13 @@ void product(const float *x, const float *panels, const float *bias, float *out,
             }
         }
     }
+}
+
+void product(const float *x, const float *panels, const float *bias, float *out, int64_t rows, int64_t inputs, int64_t outputs,
+             double epsilon, int64_t add, int64_t gated, int64_t threads)
+{
+#pragma omp parallel num_threads(threads)
+    product_together(x, panels, bias, out, rows, inputs, outputs, epsilon, add, gated);
 }
 
 /* Whether the processor multiplies tiles of bfloat16, and the system lets this process use them. */
@@ -285,65 +304,107 @@ void lay_tiles(const uint16_t *weight, const int64_t *line, const float *rows, c
 /* `product` of a bfloat16 matrix; x is rounded to bfloat16 after its norm.
    narrow: room for x, rows and inputs in whole tiles. tiles: W as [M / 32, K / 32, 2, 16, 16, 2]: of 32 outputs and 32 inputs
    two tiles, each as pairs of inputs by outputs; a gate's first tile is of the first half, its second of the other. */
-void tile_product(const float *x, uint16_t *narrow, const uint16_t *tiles, const float *bias, float *out, int64_t rows,
-                  int64_t inputs, int64_t outputs, double epsilon, int64_t add, int64_t gated, int64_t threads)
+static void tile_product_together(const float *x, uint16_t *narrow, const uint16_t *tiles, const float *bias, float *out, long rows,
+                                  long inputs, long outputs, double epsilon, int add, int gated)
 {
     const long deep = (inputs + DEPTH - 1) / DEPTH, high = (rows + TILE - 1) / TILE * TILE, row = deep * DEPTH;
     const long count = (outputs + 2 * TILE - 1) / (2 * TILE), wide = gated ? outputs / 2 : outputs;
-#pragma omp parallel num_threads(threads)
-    {
 #pragma omp for
-        for (long n = 0; n < high; n++) {
-            const float *own = x + n * inputs, scale = n < rows ? norm_scale(own, inputs, epsilon) : 0.0f;
-            for (long k = 0; k < inputs && n < rows; k++) narrow[n * row + k] = rounded(own[k] * scale);
-            const long from = n < rows ? inputs : 0;
-            memset(narrow + n * row + from, 0, (row - from) * sizeof *narrow);
-        }
-        float sum[2][2][TILE][TILE]; /* of 16 rows each, 16 outputs each */
-        __asm__ volatile("" ::: "memory"); /* tiles are loaded unseen by the compiler, which must have written x by now */
-        _tile_loadconfig(&EIGHT_TILES);
+    for (long n = 0; n < high; n++) {
+        const float *own = x + n * inputs, scale = n < rows ? norm_scale(own, inputs, epsilon) : 0.0f;
+        for (long k = 0; k < inputs && n < rows; k++) narrow[n * row + k] = rounded(own[k] * scale);
+        const long from = n < rows ? inputs : 0;
+        memset(narrow + n * row + from, 0, (row - from) * sizeof *narrow);
+    }
+    float sum[2][2][TILE][TILE]; /* of 16 rows each, 16 outputs each */
+    __asm__ volatile("" ::: "memory"); /* tiles are loaded unseen by the compiler, which must have written x by now */
+    _tile_loadconfig(&EIGHT_TILES);
 #pragma omp for
-        for (long b = 0; b < count; b++) {
-            const uint16_t *w = tiles + b * deep * 2 * TILE * DEPTH;
-            for (long from = 0; from < rows; from += 2 * TILE) {
-                const uint16_t *a = narrow + from * row, *below = a + (high - from > TILE ? TILE * row : 0);
-                _tile_zero(0);
-                _tile_zero(1);
-                _tile_zero(2);
-                _tile_zero(3);
-                for (long k = 0; k < deep; k++) {
-                    const uint16_t *pair = w + k * 2 * TILE * DEPTH;
-                    _tile_loadd(6, pair, 2 * DEPTH);
-                    _tile_loadd(7, pair + TILE * DEPTH, 2 * DEPTH);
-                    for (int line = 0; line < 2 * TILE && from == 0; line++)
-                        __builtin_prefetch(pair + AHEAD + line * DEPTH, 0, 2);
-                    _tile_loadd(4, a + k * DEPTH, row * sizeof *a);
-                    _tile_loadd(5, below + k * DEPTH, row * sizeof *a);
-                    _tile_dpbf16ps(0, 4, 6);
-                    _tile_dpbf16ps(1, 4, 7);
-                    _tile_dpbf16ps(2, 5, 6);
-                    _tile_dpbf16ps(3, 5, 7);
-                }
-                _tile_stored(0, sum[0][0], sizeof sum[0][0][0]);
-                _tile_stored(1, sum[0][1], sizeof sum[0][0][0]);
-                _tile_stored(2, sum[1][0], sizeof sum[0][0][0]);
-                _tile_stored(3, sum[1][1], sizeof sum[0][0][0]);
-                for (long r = 0; r < 2 * TILE && from + r < rows; r++) {
-                    const float *left = sum[r / TILE][0][r % TILE], *right = sum[r / TILE][1][r % TILE];
-                    const float *more = bias + b * 2 * TILE;
-                    float *y = out + (from + r) * wide + b * (gated ? TILE : 2 * TILE);
-                    if (gated)
-                        for (int c = 0; c < TILE; c++) y[c] = silu(left[c] + more[c]) * (right[c] + more[TILE + c]);
-                    else
-                        for (long c = 0; c < 2 * TILE && b * 2 * TILE + c < outputs; c++)
-                            y[c] = (c < TILE ? left[c] : right[c - TILE]) + more[c] + (add ? y[c] : 0.0f);
-                }
+    for (long b = 0; b < count; b++) {
+        const uint16_t *w = tiles + b * deep * 2 * TILE * DEPTH;
+        for (long from = 0; from < rows; from += 2 * TILE) {
+            const uint16_t *a = narrow + from * row, *below = a + (high - from > TILE ? TILE * row : 0);
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+            for (long k = 0; k < deep; k++) {
+                const uint16_t *pair = w + k * 2 * TILE * DEPTH;
+                _tile_loadd(6, pair, 2 * DEPTH);
+                _tile_loadd(7, pair + TILE * DEPTH, 2 * DEPTH);
+                for (int line = 0; line < 2 * TILE && from == 0; line++)
+                    __builtin_prefetch(pair + AHEAD + line * DEPTH, 0, 2);
+                _tile_loadd(4, a + k * DEPTH, row * sizeof *a);
+                _tile_loadd(5, below + k * DEPTH, row * sizeof *a);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+            _tile_stored(0, sum[0][0], sizeof sum[0][0][0]);
+            _tile_stored(1, sum[0][1], sizeof sum[0][0][0]);
+            _tile_stored(2, sum[1][0], sizeof sum[0][0][0]);
+            _tile_stored(3, sum[1][1], sizeof sum[0][0][0]);
+            for (long r = 0; r < 2 * TILE && from + r < rows; r++) {
+                const float *left = sum[r / TILE][0][r % TILE], *right = sum[r / TILE][1][r % TILE];
+                const float *more = bias + b * 2 * TILE;
+                float *y = out + (from + r) * wide + b * (gated ? TILE : 2 * TILE);
+                if (gated)
+                    for (int c = 0; c < TILE; c++) y[c] = silu(left[c] + more[c]) * (right[c] + more[TILE + c]);
+                else
+                    for (long c = 0; c < 2 * TILE && b * 2 * TILE + c < outputs; c++)
+                        y[c] = (c < TILE ? left[c] : right[c - TILE]) + more[c] + (add ? y[c] : 0.0f);
             }
         }
-        _tile_release();
     }
+    _tile_release();
+}
+
+void tile_product(const float *x, uint16_t *narrow, const uint16_t *tiles, const float *bias, float *out, int64_t rows, int64_t inputs,
+                  int64_t outputs, double epsilon, int64_t add, int64_t gated, int64_t threads)
+{
+#pragma omp parallel num_threads(threads)
+    tile_product_together(x, narrow, tiles, bias, out, rows, inputs, outputs, epsilon, add, gated);
 }
 #endif
+
+/* A layer's matrices, as products read them, and the keys and values that it attends to. */
+typedef struct {
+    const void *qkv, *out, *gated, *down;
+    const float *qkv_bias, *out_bias, *gated_bias, *down_bias;
+    const void *prompt_k, *prompt_v;
+    void *own_k, *own_v;
+} layer;
+
+static void any_product(const float *x, uint16_t *narrow, const void *weight, const float *bias, float *out, long rows, long inputs,
+                        long outputs, double epsilon, int add, int gated, int half)
+{
+#ifdef TILES
+    if (half) {
+        tile_product_together(x, narrow, weight, bias, out, rows, inputs, outputs, epsilon, add, gated);
+        return;
+    }
+#endif
+    product_together(x, weight, bias, out, rows, inputs, outputs, epsilon, add, gated);
+}
+
+/* One token of each row through all layers: x [rows, hidden] becomes what the last one makes of it.
+   room_for: qkv, what attention mixes, and the gated. half: matrices are tiles, keys and values bfloat16. */
+void decode(float *x, const int64_t *layers, const float *turn_N, const int64_t *prompt_of_row, const int64_t *length, float *qkv,
+            float *mixed, float *gated, uint16_t *narrow, int64_t count, int64_t rows, int64_t hidden, int64_t heads, int64_t shared,
+            int64_t size, int64_t inner, int64_t width, int64_t room, int64_t at, double epsilon, int64_t half, int64_t threads)
+{
+    const long asked = heads * shared * size, all = heads * (shared + 2) * size;
+#pragma omp parallel num_threads(threads)
+    for (const layer *l = (const layer *)layers, *end = l + count; l < end; l++) {
+        any_product(x, narrow, l->qkv, l->qkv_bias, qkv, rows, hidden, all, epsilon, 0, 0, half);
+        attend_together(qkv, turn_N, l->prompt_k, l->prompt_v, l->own_k, l->own_v, prompt_of_row, length, mixed, rows, heads, shared,
+                        size, width, room, at, half);
+        any_product(mixed, narrow, l->out, l->out_bias, x, rows, asked, hidden, -1.0, 1, 0, half);
+        any_product(x, narrow, l->gated, l->gated_bias, gated, rows, hidden, 2 * inner, epsilon, 0, 1, half);
+        any_product(gated, narrow, l->down, l->down_bias, x, rows, inner, hidden, -1.0, 1, 0, half);
+    }
+}
 
 INLINE void norm_row(const void *x, const void *weight, void *y, float *scale, long n, long size, double epsilon, const int half)
 {

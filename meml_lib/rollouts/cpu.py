@@ -13,7 +13,7 @@ import os
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -33,6 +33,7 @@ _ARGUMENTS = {
     "lay_tiles": "BLFFBiii",
     "tile_product": "FBBFFiiidiii",
     "rms_norm": "FFiidi",
+    "decode": "FLFLLFFFBiiiiiiiiiidii",
     "choose": "FDLFFiidi",
     "norm": "AAAFiidii",
     "norm_back": "AAAFAFiiii",
@@ -112,7 +113,7 @@ def _function(name: str) -> tuple[Callable[..., None], list[tuple[int, torch.dty
 
 
 def _run(name: str, *arguments: Tensor | float | None) -> None:
-    # A decode step comes here 150 times: each microsecond counts.
+    # A decode step may come here 150 times: each microsecond counts.
     (function, tensors), told, either = _function(name), list(arguments), None
     for i, dtype in tensors:
         x = told[i]
@@ -122,12 +123,17 @@ def _run(name: str, *arguments: Tensor | float | None) -> None:
             if either is None and x.dtype in (torch.float32, torch.bfloat16):
                 either = x.dtype
             dtype = either
-        if not (x.dtype is dtype and x.is_cpu and x.is_contiguous()):
-            raise TypeError(f"cpu.{name}: a {x.dtype} tensor on {x.device}, strides {x.stride()}, for {dtype}")
-        told[i] = x.data_ptr()
+        told[i] = _place(name, x, dtype)
     if either is not None:
         told.append(either is torch.bfloat16)
     function(*told, torch.get_num_threads())
+
+
+def _place(name: str, x: Tensor, dtype: torch.dtype | None) -> int:
+    """Where C finds its numbers."""
+    if not (x.dtype is dtype and x.is_cpu and x.is_contiguous()):
+        raise TypeError(f"cpu.{name}: a {x.dtype} tensor on {x.device}, strides {x.stride()}, for {dtype}")
+    return x.data_ptr()
 
 
 def _match(name: str, shape: tuple[int, ...], *others: tuple[int, ...]) -> None:
@@ -156,6 +162,13 @@ def answers_cache(rows: int, room: int, size: int, dtype: torch.dtype) -> tuple[
     return tuple(torch.empty(shape, dtype=dtype, device="cpu") for shape in shapes)
 
 
+def _step(at: Tensor, room: int) -> int:
+    step = int(at)
+    if not 0 <= step < room:
+        raise IndexError(f"token {step} of an answer with room for {room}")
+    return step
+
+
 def attend(
     qkv: Tensor,
     turn_N: Tensor,
@@ -166,9 +179,8 @@ def attend(
     at: Tensor,
 ) -> Tensor:
     """`kernels.attend` in float32; prompt and own, float32 or bfloat16, as `prompts_cache` and `answers_cache` lay them out."""
-    step, room = int(at), own[1].shape[-2]
-    if not 0 <= step < room:
-        raise IndexError(f"token {step} of an answer with room for {room}")
+    room = own[1].shape[-2]
+    step = _step(at, room)
     rows, heads, shared, size = (*qkv.shape[:2], qkv.shape[2] - 2, qkv.shape[3])
     out = qkv.new_empty(rows, heads, shared, size)
     sizes = rows, heads, shared, size, prompt[1].shape[-2], room, step
@@ -199,23 +211,28 @@ class Product:
 
     def _takes(self, weight: Tensor, bias: Tensor | None, epsilon: float | None, gated: bool, block: int) -> Tensor:
         """Returns: which output stands where: half a block of gates beside their other halves."""
-        self._outputs, self._inputs = weight.shape
-        self._gated, self._epsilon = gated, -1.0 if epsilon is None else epsilon
-        order = torch.arange(self._outputs)
+        outputs, inputs = weight.shape
+        self.form = outputs, inputs, -1.0 if epsilon is None else float(epsilon), gated
+        """Outputs, those of a gate included, inputs, epsilon and whether there is a gate."""
+        order = torch.arange(outputs)
         if gated:
             order = order.view(2, -1, block // 2).transpose(0, 1).flatten()
-        bias = weight.new_zeros(self._outputs) if bias is None else bias[order]
-        self._bias = torch.nn.functional.pad(bias.float(), (0, -self._outputs % block))
+        bias = weight.new_zeros(outputs) if bias is None else bias[order]
+        self._bias = torch.nn.functional.pad(bias.float(), (0, -outputs % block))
         return order
 
     def __call__(self, x: Tensor, into: Tensor | None = None) -> Tensor:
         """Args: x: [N, K]. into: what the product is added to, in place."""
-        x, outputs = x.contiguous(), self._outputs
-        _match("product", x.shape[1:], (self._inputs,))
-        rows, inputs = x.shape
-        out = x.new_empty(rows, outputs // 2 if self._gated else outputs) if into is None else into
-        self._multiply(x, out, rows, inputs, outputs, self._epsilon, into is not None, self._gated)
+        x, (outputs, inputs, epsilon, gated) = x.contiguous(), self.form
+        _match("product", x.shape[1:], (inputs,))
+        out = x.new_empty(len(x), outputs // 2 if gated else outputs) if into is None else into
+        self._multiply(x, out, len(x), inputs, outputs, epsilon, into is not None, gated)
         return out
+
+    @property
+    def places(self) -> tuple[int, int]:
+        """Where C finds matrix and bias."""
+        return self._weight.data_ptr(), self._bias.data_ptr()
 
     def _multiply(self, x: Tensor, out: Tensor, *how: float) -> None:
         _run("product", x, self._weight, self._bias, out, *how)
@@ -252,13 +269,66 @@ class TileProduct(Product):
         line = own if order is None else torch.arange(outputs)[order[own]]  # an error where there is no such output
         _run("lay_tiles", weight.contiguous(), line, rows, columns, self._weight, outputs, inputs)
 
-    def _multiply(self, x: Tensor, out: Tensor, rows: int, *how: float) -> None:
-        needed, narrow = -(-rows // _TILE) * _TILE * self._weight.shape[1] * _DEPTH, TileProduct._narrow
+    @staticmethod
+    def rounded(rows: int, inputs: int) -> Tensor:
+        """Room for so many rounded rows."""
+        needed, narrow = -(-rows // _TILE) * _TILE * -(-inputs // _DEPTH) * _DEPTH, TileProduct._narrow
         if needed > len(narrow):
             narrow = torch.empty(needed, dtype=torch.bfloat16)
             if needed <= _KEPT:
                 TileProduct._narrow = narrow
-        _run("tile_product", x, narrow, self._weight, self._bias, out, rows, *how)
+        return narrow
+
+    def _multiply(self, x: Tensor, out: Tensor, rows: int, inputs: int, *how: float) -> None:
+        _run("tile_product", x, self.rounded(rows, inputs), self._weight, self._bias, out, rows, inputs, *how)
+
+
+class Layers:
+    """A token of each row through all layers in one call: their products, and `attend` between them.
+
+    Args:
+      products: of each layer four of one kind: to queries, keys and values, normed; from what attention mixed; to the gated,
+        normed; and from it. The second and the fourth are added.
+      prompts, own: of each layer what `attend` takes. heads: of keys. size: of one.
+    Raises: ValueError, TypeError if these do not fit each other.
+    """
+
+    def __init__(
+        self,
+        products: Sequence[Sequence[Product]],
+        prompts: Sequence[tuple[Tensor, Tensor]],
+        own: Sequence[tuple[Tensor, Tensor]],
+        heads: int,
+        size: int,
+    ):
+        wide, hidden, epsilon, _ = products[0][0].form
+        inner, asked, kind = products[0][3].form[1], wide - 2 * heads * size, type(products[0][0])
+        forms = (wide, hidden, epsilon, False), (hidden, asked, -1.0, False)
+        forms += (2 * inner, hidden, epsilon, True), (hidden, inner, -1.0, False)
+        kept, places = torch.bfloat16 if kind is TileProduct else torch.float32, []
+        for layer, caches in zip(products, zip(prompts, own, strict=True), strict=True):
+            _match("Layers", (kind,) * 4, tuple(map(type, layer)))
+            _match("Layers", forms, tuple(product.form for product in layer))
+            for (k, v), like in zip(caches, (prompts[0], own[0]), strict=True):
+                _match("Layers", like[0].shape, k.shape)
+                _match("Layers", (len(k), k.shape[1] * k.shape[3], _whole(size)), like[1].shape, v.shape)
+            weights, biases = zip(*(product.places for product in layer), strict=True)
+            places.append([*weights, *biases, *(_place("Layers", x, kept) for cache in caches for x in cache)])
+        self._alive, self._places = (products, prompts, own), torch.tensor(places)
+        self._tiles, self._epsilon, self._room = kind is TileProduct, epsilon, own[0][1].shape[-2]
+        self._rows, self._widths = len(own[0][0]) // heads, (wide, asked, inner)
+        self._sizes = hidden, heads, asked // (heads * size), size, inner, prompts[0][1].shape[-2], self._room
+
+    def __call__(self, x: Tensor, turn_N: Tensor, prompt_of_row_N: Tensor, length_P: Tensor, at: Tensor) -> Tensor:
+        """Args: x: [N, hidden size], float32; overwritten. The others are `attend`'s. Returns: x."""
+        step, rows = _step(at, self._room), self._rows
+        _match("Layers", (rows,), x.shape[:1], turn_N.shape[:1], prompt_of_row_N.shape)
+        _match("Layers", x.shape[1:], self._sizes[:1])
+        rooms = [x.new_empty(rows, width) for width in self._widths]
+        narrow = TileProduct.rounded(rows, max(self._sizes[0], *self._widths)) if self._tiles else None
+        rest = *rooms, narrow, len(self._places), rows, *self._sizes, step, self._epsilon, self._tiles
+        _run("decode", x, self._places, torch.view_as_real(turn_N), prompt_of_row_N, length_P, *rest)
+        return x
 
 
 def choose(logits_NV: Tensor, uniform_N: Tensor, temperature: float | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -103,10 +103,20 @@ class Weights:
             _linear(mlp.down_proj),
         )
 
+    def products(self) -> list[tuple[cpu.Product, ...]] | None:
+        """Of each layer, where `cpu.Layers` takes them; else None."""
+        found = [(layer.qkv, layer.out, layer.gated, layer.down) for layer in self.layers]
+        kinds = {type(product) for of_layer in found for product in of_layer}
+        plain = all(layer.qk_norm is None for layer in self.layers)
+        return found if plain and len(kinds) == 1 and issubclass(kinds.pop(), cpu.Product) else None
+
+    def embedded(self, token_N: Tensor) -> Tensor:
+        return F.embedding(token_N, self.embedding).to(self.dtype)
+
     def hidden(self, token_N: Tensor, attend: Attend) -> Tensor:
         """What N tokens come to after all layers, [N, hidden size]."""
         rows, shape = len(token_N), (len(token_N), self.kv_heads, self.shared + 2, self.head_size)
-        x = F.embedding(token_N, self.embedding).to(self.dtype)
+        x = self.embedded(token_N)
         for i, layer in enumerate(self.layers):
             qkv = layer.qkv(x).view(shape)
             if layer.qk_norm is not None:
@@ -148,6 +158,12 @@ class Decoder:
         shape = len(prompt_of_row) * weights.kv_heads, room, size
         self._own = [self._reserved(*shape) for _ in weights.layers]
         """Of each layer the answers' keys and values, as the prompts' are kept."""
+        self._layers = self._whole()
+
+    def _whole(self) -> cpu.Layers | None:
+        """All layers in one call, where that can be."""
+        w, products = self._w, self._w.products()
+        return None if products is None else cpu.Layers(products, self._prompts, self._own, w.kv_heads, w.head_size)
 
     def _reserved(self, *shape: int) -> tuple[Tensor, ...]:
         if self._length_P.is_cuda:
@@ -181,6 +197,7 @@ class Decoder:
         heads = torch.arange(self._w.kv_heads, device=rows.device)
         kept = (rows[:, None] * len(heads) + heads).flatten()
         self._own = [(k[kept], v[kept]) for k, v in self._own]
+        self._layers = self._whole()
 
     def step(self, token_N: Tensor) -> Tensor:
         """Append a token to every row. Returns: the next one's logits [N, V], which the step after may overwrite."""
@@ -208,8 +225,10 @@ class Decoder:
 
     def _forward(self, token_N: Tensor) -> Tensor:
         """Append token number `at`. Doing it twice is harmless."""
-        self._turn_N = self._turns_T[self._position_N + self._at]
-        return self._w.logits(self._w.hidden(token_N, self._attend))
+        w, self._turn_N = self._w, self._turns_T[self._position_N + self._at]
+        if self._layers is None:
+            return w.logits(w.hidden(token_N, self._attend))
+        return w.logits(self._layers(w.embedded(token_N), self._turn_N, self._prompt_of_row_N, self._length_P, self._at))
 
     def _attend(self, i: int, qkv: Tensor) -> Tensor:
         if qkv.is_cuda:
