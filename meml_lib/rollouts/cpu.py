@@ -25,15 +25,21 @@ _SOURCE = Path(__file__).with_name("cpu.c")
 _PANEL, _TILE, _DEPTH = 16, 16, 32  # as in cpu.c
 _KEPT = 2**21  # numbers of a product's rounded rows that are kept room for; a decode step's are fewer, long prompts' are not
 _EVERY = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC")  # but for marked sums, arithmetic stays as written
-_SETTINGS = (("-march=native", "-fopenmp"), ("-march=native", "-fopenmp-simd"), ("-fopenmp-simd",), ())
-"""Tried in this order: a compiler may know no OpenMP, torch bring none, or a processor have no name."""
+_SETTINGS = (
+    ("-march=native", "-mprefer-vector-width=512", "-fopenmp"),  # else gcc takes half of a vector of AVX-512
+    ("-march=native", "-fopenmp"),
+    ("-march=native", "-fopenmp-simd"),
+    ("-fopenmp-simd",),
+    (),
+)
+"""Tried in this order: a compiler may know no such vectors or no OpenMP, torch bring none, or a processor have no name."""
 _ARGUMENTS = {
     "attend": "FFAAAALLFiiiiiiiii",
     "product": "FFFFiiidiii",
     "lay_tiles": "BLFFBiii",
     "tile_product": "FBBFFiiidiii",
     "rms_norm": "FFiidi",
-    "decode": "FLFLLFFFBiiiiiiiiiidii",
+    "decode": "FLFLLFFFBiiiiiiiiiidiii",
     "choose": "FDLFFiidi",
     "norm": "AAAFiidii",
     "norm_back": "AAAFAFiiii",
@@ -305,7 +311,7 @@ class Layers:
         inner, asked, kind = products[0][3].form[1], wide - 2 * heads * size, type(products[0][0])
         forms = (wide, hidden, epsilon, False), (hidden, asked, -1.0, False)
         forms += (2 * inner, hidden, epsilon, True), (hidden, inner, -1.0, False)
-        kept, places = torch.bfloat16 if kind is TileProduct else torch.float32, []
+        kept, places = own[0][0].dtype, []
         for layer, caches in zip(products, zip(prompts, own, strict=True), strict=True):
             _match("Layers", (kind,) * 4, tuple(map(type, layer)))
             _match("Layers", forms, tuple(product.form for product in layer))
@@ -315,8 +321,8 @@ class Layers:
             weights, biases = zip(*(product.places for product in layer), strict=True)
             places.append([*weights, *biases, *(_place("Layers", x, kept) for cache in caches for x in cache)])
         self._alive, self._places = (products, prompts, own), torch.tensor(places)
-        self._tiles, self._epsilon, self._room = kind is TileProduct, epsilon, own[0][1].shape[-2]
-        self._rows, self._widths = len(own[0][0]) // heads, (wide, asked, inner)
+        self._how = epsilon, kind is TileProduct, kept == torch.bfloat16
+        self._rows, self._widths, self._room = len(own[0][0]) // heads, (wide, asked, inner), own[0][1].shape[-2]
         self._sizes = hidden, heads, asked // (heads * size), size, inner, prompts[0][1].shape[-2], self._room
 
     def __call__(self, x: Tensor, turn_N: Tensor, prompt_of_row_N: Tensor, length_P: Tensor, at: Tensor) -> Tensor:
@@ -325,8 +331,8 @@ class Layers:
         _match("Layers", (rows,), x.shape[:1], turn_N.shape[:1], prompt_of_row_N.shape)
         _match("Layers", x.shape[1:], self._sizes[:1])
         rooms = [x.new_empty(rows, width) for width in self._widths]
-        narrow = TileProduct.rounded(rows, max(self._sizes[0], *self._widths)) if self._tiles else None
-        rest = *rooms, narrow, len(self._places), rows, *self._sizes, step, self._epsilon, self._tiles
+        narrow = TileProduct.rounded(rows, max(self._sizes[0], *self._widths))
+        rest = *rooms, narrow, len(self._places), rows, *self._sizes, step, *self._how
         _run("decode", x, self._places, torch.view_as_real(turn_N), prompt_of_row_N, length_P, *rest)
         return x
 
