@@ -181,8 +181,9 @@ class _InSlabs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         grad_x, *outer = ctx.saved_tensors
-        grad_weight, grad_bias = (g if g is None else g.mul_(grad).to(ctx.dtype) for g in outer)
-        return grad_x.mul_(grad), grad_weight, grad_bias, None
+        whole = not grad.is_cuda and grad.item() == 1.0  # as nearly always; on CUDA to know it would be to wait
+        grad_x, *outer = (g if g is None or whole else g.mul_(grad) for g in (grad_x, *outer))
+        return grad_x, *(g if g is None else g.to(ctx.dtype) for g in outer), None
 
 
 def sizes(device: str) -> tuple[int, int]:
