@@ -252,7 +252,7 @@ def test_a_trace_without_content_takes_what_the_same_pass_takes_on_a_cpu(policy)
     assert real.device.type == "cpu" and real.num_parameters() == empty.num_parameters()
     for rows, prompt, answer in ((3, 20, 50), (6, 20, 50), (3, 60, 10)):
         told, held = (traced(model, rows, prompt, answer) for model in (empty, real))
-        assert told == pytest.approx(held, rel=0.05)  # attention keeps its mask otherwise on a GPU
+        assert told == pytest.approx(held, rel=0.06)  # attention keeps its mask otherwise on a GPU
         assert told > 3 * rows * (answer + 1) * empty.config.vocab_size * 4  # logits, and their gradients' parts
 
 

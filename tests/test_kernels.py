@@ -197,6 +197,78 @@ def test_a_matrix_in_tiles_is_the_scaled_and_ordered_one(given, inputs, outputs)
         cpu.TileProduct(weight, bias, None, False, order=torch.arange(outputs) + 1)
 
 
+def layers_of(kind, kept, layers=3, rows=5):
+    """Products and caches of a small model, with what `cpu.Layers` wants to know of heads, and a step's other arguments."""
+    torch.manual_seed(0)
+    heads, shared, size, hidden, inner, room, longest = 2, 3, 20, 48, 64, 24, 21
+    weights = torch.bfloat16 if kind is cpu.TileProduct else torch.float32
+    forms = [(heads * (shared + 2) * size, hidden, 1e-5, False), (hidden, heads * shared * size, None, False)]
+    forms += [(2 * inner, hidden, 1e-5, True), (hidden, inner, None, False)]
+
+    def product(outputs, inputs, epsilon, gated):
+        weight, bias = torch.randn(outputs, inputs) / inputs**0.5, torch.randn(outputs) / 9
+        return kind(weight.to(weights), bias.to(weights), epsilon, gated)
+
+    def caches(of):
+        return [cpu.prompts_cache(*torch.randn(2, of * heads, length, size).to(kept)) for length in [longest if of == 2 else room] * layers]
+
+    turn_N = torch.polar(torch.ones(rows, size // 2), torch.randn(rows, size // 2))
+    rest = turn_N, torch.tensor([0, 1, 1, 0, 1])[:rows], torch.tensor([longest, 5])
+    return [[product(*form) for form in forms] for _ in range(layers)], caches(2), caches(rows), (heads, size), rest
+
+
+KINDS = [(cpu.Product, torch.float32), (cpu.Product, torch.bfloat16), (cpu.TileProduct, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("kind", "kept"), KINDS)
+@pytest.mark.parametrize("at", [0, 17, 23])
+def test_all_layers_in_one_call_are_one_after_the_other(kind, kept, at):
+    if kind is cpu.TileProduct and not cpu.multiplies(torch.bfloat16):
+        pytest.skip("the processor has no tiles of bfloat16, or the compiler does not know them")
+    products, prompts, own, (heads, size), rest = layers_of(kind, kept)
+    start, at, steps = torch.randn(5, 48), torch.tensor([at]), [*zip(products, prompts, [[x.clone() for x in own_] for own_ in own], strict=True)]
+    x = start.clone()
+    for (qkv, out, gated, down), prompt, mine in steps:
+        mixed = cpu.attend(qkv(x).view(5, heads, 5, size), rest[0], prompt, mine, *rest[1:], at)
+        down(gated(out(mixed.view(5, -1), x)), x)
+    whole = cpu.Layers(products, prompts, own, heads, size)
+    given = start.clone()
+    assert whole(given, *rest, at) is given and given.equal(x) and not given.equal(start)
+    for mine, (_, _, theirs) in zip(own, steps, strict=True):
+        assert all(kept.equal(other) for kept, other in zip(mine, theirs, strict=True))
+
+
+def test_layers_that_do_not_fit_are_refused():
+    products, prompts, own, (heads, size), rest = layers_of(cpu.Product, torch.float32)
+    others, _, few, _, _ = layers_of(cpu.Product, torch.float32, rows=4)
+    half = layers_of(cpu.Product, torch.bfloat16)[2]
+    turned = [products[0], products[1][::-1], products[2]]
+    wider = [*products[:2], [cpu.Product(torch.randn(192, 48), None, 1e-5, False), *products[2][1:]]]
+    strange = [*products[:2], [*products[2][:3], cpu.Product(torch.randn(48, 64), None, 1e-5, False)]]
+    for refused in (turned, wider, strange, [others[0], [*others[1][:3], torch.nn.Linear(64, 48)], others[2]]):
+        with pytest.raises(ValueError, match=r"cpu.Layers: .* do not match"):
+            cpu.Layers(refused, prompts, own, heads, size)
+    for kept in ([*own[:2], few[2]], [*own[:2], (own[2][0], own[2][0])]):
+        with pytest.raises(ValueError, match="cpu.Layers: .* do not match"):
+            cpu.Layers(products, prompts, kept, heads, size)
+    for kept in ([*own[:2], half[2]], [*own[:2], (own[2][0], own[2][1].mT.contiguous().mT)]):
+        with pytest.raises(TypeError, match="cpu.Layers: a torch.* tensor"):
+            cpu.Layers(products, prompts, kept, heads, size)
+    with pytest.raises(TypeError, match="cpu.Layers: a torch.float64 tensor"):
+        cpu.Layers(products, *([(k.double(), v.double()) for k, v in caches] for caches in (prompts, own)), heads, size)
+    whole, at = cpu.Layers(products, prompts, own, heads, size), torch.tensor([3])
+    for x, turn_N, of_row in ((4, 5, 5), (5, 4, 5), (5, 5, 4)):
+        with pytest.raises(ValueError, match="cpu.Layers: .* do not match"):
+            whole(torch.randn(x, 48), rest[0][:turn_N], rest[1][:of_row], rest[2], at)
+    with pytest.raises(ValueError, match="cpu.Layers: .* do not match"):
+        whole(torch.randn(5, 47), *rest, at)
+    with pytest.raises(TypeError, match="cpu.decode: a torch.bfloat16 tensor"):
+        whole(torch.randn(5, 48).bfloat16(), *rest, at)
+    room = own[0][1].shape[-2]
+    with pytest.raises(IndexError, match=f"token {room} of an answer with room for {room}"):
+        whole(torch.randn(5, 48), *rest, torch.tensor([room]))
+
+
 def test_a_processor_with_tiles_uses_them():
     compiler = (os.environ.get("CC") or "cc").split()
     known = subprocess.run([*compiler, "-march=native", "-dM", "-E", "-x", "c", os.devnull], capture_output=True, text=True)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from meml_lib.rollouts import cpu
@@ -198,7 +199,55 @@ def test_each_prompt_and_each_row_is_run_once(monkeypatch):
     monkeypatch.setattr(policy.model, "forward", counted)
     updated(policy, parts)
     rows = {r.row for part in parts for r in part.rows if r.count}
-    assert seen == [sum(len(prompt) for prompt in {r.prompt for r in rows}) + sum(len(r.answer) - 1 for r in rows)]
+    tokens = sum(len(prompt) for prompt in {r.prompt for r in rows}) + sum(len(r.answer) - 1 for r in rows)
+    assert tokens == 126 and seen == [128]  # and two that fill the line up
+
+
+class Sizes(TorchDispatchMode):
+    """The sizes of all matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name in ("aten::mm", "aten::bmm"):
+            self.seen |= {size for x in args[:2] for size in x.shape[-2:]}
+        return func(*args, **(kwargs or {}))
+
+
+def test_texts_of_any_length_are_multiplied_in_few_sizes():
+    policy, own = policy_of(PACKED["llama"]), {SIZES["hidden_size"], SIZES["intermediate_size"], SIZES["vocab_size"], 16, 8}
+    draw = random.Random(1)
+    for n in (1, 2, 5, 9):
+        rows = [Row((5,) * draw.randint(1, 30), (7,) * draw.randint(1, 30)) for _ in range(n)]
+        part = Part("mef", 1.0, [WeighedRow(row, 1.0) for row in rows], "tokens", losses.weighted_nll)
+        assert_equal(policy, [part])
+        with Sizes() as sizes:
+            updated(policy, [part])
+        odd = {size for size in sizes.seen - own if size % 16}
+        assert sizes.seen - own > odd and max(odd, default=0) <= n  # prompts and their answers are counted in products too
+
+
+def test_what_fills_the_line_up_finds_a_place_whatever_the_lengths():
+    policy = policy_of(PACKED["llama"])
+    for answer in (1, 2, 17, 32):
+        for prompt in (1, 15, 16, 31):  # with padding to spare, and without
+            row = Row(tuple(range(4, 4 + prompt)), tuple(range(20, 20 + answer)))
+            assert_equal(policy, [Part("mef", 1.0, [WeighedRow(row, 1.0)], "tokens", losses.weighted_nll)])
+
+
+@pytest.mark.parametrize("config", [PACKED["llama"], PADDED["gemma"]], ids=["packed", "padded"])
+def test_large_products_have_pages_of_their_own_and_the_same_numbers(config, monkeypatch):
+    made, plain_product = [], head._product
+    monkeypatch.setattr(head, "_product", lambda *given: made.append(plain_product(*given)) or made[-1])
+    monkeypatch.setattr(head, "OWN_PAGES", 1)
+    policy = policy_of(config)
+    if config is PACKED["llama"]:
+        policy.model.lm_head = torch.nn.Linear(32, 61)
+    assert_equal(policy, [*parts_of().values()])
+    assert len(made) == (2 if config is PACKED["llama"] else 0)  # a padded model makes its logits itself
+    assert not any(product.untyped_storage().resizable() for product in made)  # so the heap did not give it
 
 
 def test_a_pass_for_a_process_that_is_done_has_no_gradient():

@@ -311,7 +311,7 @@ class Layers:
         inner, asked, kind = products[0][3].form[1], wide - 2 * heads * size, type(products[0][0])
         forms = (wide, hidden, epsilon, False), (hidden, asked, -1.0, False)
         forms += (2 * inner, hidden, epsilon, True), (hidden, inner, -1.0, False)
-        kept, places = own[0][0].dtype, []
+        kept, places = torch.bfloat16 if own[0][0].dtype == torch.bfloat16 else torch.float32, []
         for layer, caches in zip(products, zip(prompts, own, strict=True), strict=True):
             _match("Layers", (kind,) * 4, tuple(map(type, layer)))
             _match("Layers", forms, tuple(product.form for product in layer))

@@ -144,11 +144,14 @@ def pass_bytes(
     """
     c, size, heads = model.config, model.dtype.itemsize, model.config.num_attention_heads * _head(model.config)
     tokens, seen = prompt_tokens + answers * answer_tokens, prompt_tokens + answer_tokens
-    kept = 2 if packing.packs(model) and any(map(lean.is_gated, model.modules())) else 4
+    packs, predicted = packing.packs(model), packing.rounded_up(answers * answer_tokens)
+    if packs:
+        tokens = packing.rounded_up(tokens)
+    kept = 2 if packs and any(map(lean.is_gated, model.modules())) else 4
     layer = tokens * size * (4 * c.hidden_size + kept * c.intermediate_size + 3 * heads)
     passing = tokens * ((4 if again else 3) * size * c.intermediate_size // 2 + 2 * 4 * c.hidden_size)
     layer += answers * seen * size * (2 * heads + answer_tokens)
-    logits = answers * answer_tokens * c.vocab_size * size
+    logits = predicted * c.vocab_size * size
     slab, chunk = head.sizes(device)
     weights = c.vocab_size * c.hidden_size * (size if logits <= slab else 2 * size + 4)
     copies = 1 + (size < 4)

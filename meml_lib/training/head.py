@@ -7,6 +7,7 @@ hands the gradients on.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,8 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from meml_lib.rollouts import cpu
+from meml_lib.rollouts import cpu, products
 from meml_lib.training.losses import Part, WeighedRow
+from meml_lib.training.packing import rounded_up
 from meml_lib.training.policy import Row
 
 SLAB_BYTES, CUDA_SLAB_BYTES = 2**28, 2**30
@@ -24,6 +26,9 @@ SLAB_BYTES, CUDA_SLAB_BYTES = 2**28, 2**30
 CHUNK_BYTES, CUDA_CHUNK_BYTES = 2**24, 2**28
 """Of a chunk of a slab in float32, about twice alive, where no compiled loops do without. A CPU's stays in its caches; a GPU
 needs many rows to be busy."""
+
+OWN_PAGES = 2**24
+"""Bytes of a product from which on it leaves the heap."""
 
 
 @dataclass(frozen=True)
@@ -165,12 +170,16 @@ class _InSlabs(torch.autograd.Function):
         total, grad_x, grad_weight, grad_bias = 0.0, torch.empty_like(x_nF), None, None
         for start in range(0, len(x_nF), slab):
             x_sF = x_nF[start : start + slab]
-            grad_sV = x_sF.clone() if weight_VF is None else head(x_sF)
-            for at, logits_cV in enumerate(grad_sV.split(chunk)):
+            count = len(x_sF)
+            if weight_VF is not None:
+                x_sF = functional.pad(x_sF, (0, 0, 0, rounded_up(count) - count))
+            grad_sV = x_sF.clone() if weight_VF is None else _product(x_sF, weight_VF.T, bias_V)
+            for at, logits_cV in enumerate(grad_sV[:count].split(chunk)):
                 total = total + loss.of(logits_cV, start + at * chunk, head)
-            grad_x[start : start + slab] = grad_sV if weight_VF is None else grad_sV @ weight_VF
+            grad_sV[count:] = 0.0
+            grad_x[start : start + count] = grad_sV if weight_VF is None else (grad_sV @ weight_VF)[:count]
             if ctx.needs_input_grad[1]:
-                grad_weight = _plus(grad_weight, grad_sV.T @ x_sF)
+                grad_weight = _plus(grad_weight, _product(grad_sV.T, x_sF))
             if ctx.needs_input_grad[2]:
                 grad_bias = _plus(grad_bias, grad_sV.sum(0))
         ctx.save_for_backward(grad_x, grad_weight, grad_bias)
@@ -184,6 +193,18 @@ class _InSlabs(torch.autograd.Function):
         whole = not grad.is_cuda and grad.item() == 1.0  # as nearly always; on CUDA to know it would be to wait
         grad_x, *outer = (g if g is None or whole else g.mul_(grad) for g in (grad_x, *outer))
         return grad_x, *(g if g is None else g.to(ctx.dtype) for g in outer), None
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a b + bias. On a CPU a large one has pages of its own, which the system gets back: of blocks that are a little larger
+    or smaller each time, every one leaves a hole in the heap that the next does not fit into."""
+    size, out = len(a) * b.shape[1] * a.itemsize, None
+    if a.device.type == "cpu" and size >= OWN_PAGES and not products.slow(a.dtype, a.device):
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # else fetching them takes as long as it saves
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        out = torch.frombuffer(pages, dtype=a.dtype).view(len(a), -1)
+    return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
 
 
 def sizes(device: str) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """Rows through the model without padding, each prompt once: a forward pass over T flat tokens.
 
 The rows of a micro-batch are trees: a prompt and its answers. Every layer but attention works on each token alone, so
-the tokens stand in one flat line, prompts before answers, an answer's positions counted on from its prompt's. Attention
+the tokens stand in one flat line, prompts before answers, an answer's positions counted on from its prompt's; a few that
+predict nothing fill it up to a whole number (`rounded_up`). Attention
 takes its queries, keys and values out of that line into padded batches, the prompts' own and the answers' over their
 prompt's keys and their own, calls torch's attention on them, and puts the results back into the line.
 """
@@ -25,6 +26,9 @@ Head = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 """From what the model holds at n places, and the output layer's weight [V, H] and bias [V], to the pass's result. The
 model holds hidden states [n, H]; or its logits [n, V], and then there is no weight."""
 
+_EVEN, _COLUMNS = 32, 16
+"""A pass's tokens are filled up to a multiple, and so are attention's rows: a product of bfloat16 on a CPU takes up to twice as
+long with some odd sizes, and for every new one oneDNN compiles another, of which it keeps a part for good."""
 _ATTENTION = "meml_packed"
 # All but cuDNN's, which plans anew for each shape, and a pass's shapes are its own.
 _BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -35,6 +39,15 @@ def packs(model: PreTrainedModel) -> bool:
     """Whether the model's attention and output layer are known to be plain; others run padded (`Policy.logits`)."""
     plain = model.config.model_type in _TESTED and getattr(model.config, "sliding_window", None) is None
     return plain and isinstance(model.get_output_embeddings(), nn.Linear)
+
+
+def rounded_up(tokens: int, multiple: int = _EVEN) -> int:
+    """How many a product is given.
+
+    >>> rounded_up(33), rounded_up(64)
+    (64, 64)
+    """
+    return -(-int(tokens) // multiple) * multiple
 
 
 def trees(rows: Sequence[Row], budget: int) -> Iterator[list[int]]:
@@ -87,8 +100,10 @@ def run(policy: Policy, model: nn.Module, rows: Sequence[Row], head: Head) -> Te
     inputs = [*prompts, *(row.answer[:-1] for row in rows)]  # an answer's last token predicts nothing
     layout = Layout.of(prompt_tokens_P, answer_tokens_N - 1, parent_N, policy.model)
     first = [0] * len(prompts) + prompt_tokens_P[parent_N].tolist()
-    positions = np.concatenate([np.arange(at, at + len(tokens)) for at, tokens in zip(first, inputs, strict=True)])
     start = np.cumsum([0, *map(len, inputs)])
+    filling = rounded_up(start[-1]) - start[-1]
+    inputs.append((prompts[0][0],) * filling)
+    positions = np.concatenate([np.arange(at, at + len(tokens)) for at, tokens in zip([*first, 0], inputs, strict=True)])
     # The prompt's last token predicts the answer's first.
     lasts, starts = start[1:][parent_N] - 1, start[len(prompts) : -1]
     places = zip(lasts, starts, answer_tokens_N, strict=True)
@@ -129,8 +144,8 @@ def packed_attention(model: PreTrainedModel) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each of T flat tokens stands once prompts [P, Tp] and answers are padded; answers in buckets [N, Ta] of
-    similar length. The padded places of all of them, one batch after the other, are numbered by R."""
+    """Where each of T flat tokens, those that fill the line up included, stands once prompts [P, Tp] and answers are padded;
+    answers in buckets [N, Ta] of similar length. The padded places of all of them, one batch after the other, are numbered by R."""
 
     token_R: Tensor
     """The flat token of each padded place; any where it is padding."""
@@ -157,9 +172,15 @@ class Layout:
         # A bucket's answers are at least half as long as its longest.
         halvings = np.log2(answer_tokens_N.max(initial=1) / answer_tokens_N[answers]).astype(int)
         buckets = [answers[halvings == h] for h in np.unique(halvings)]
+        batches = [np.arange(len(prompt_tokens_P)), *(len(prompt_tokens_P) + bucket for bucket in buckets)]
+        widths = [rounded_up(lengths[batch].max(), _COLUMNS) for batch in batches]
+        tokens = lengths.sum()
+        filling = rounded_up(tokens) - tokens
+        missing = filling + tokens - sum(len(batch) * width for batch, width in zip(batches, widths, strict=True))
+        widths[-1] += rounded_up(-(-max(0, missing) // len(batches[-1])), _COLUMNS)
         token_R, shapes = [], []
-        for batch in [np.arange(len(prompt_tokens_P)), *(len(prompt_tokens_P) + bucket for bucket in buckets)]:
-            column_T = np.arange(lengths[batch].max())
+        for batch, width in zip(batches, widths, strict=True):
+            column_T = np.arange(width)
             token_NT = np.where(column_T < lengths[batch, None], start[batch, None] + column_T, -1)
             token_R.append(token_NT.ravel())
             shapes.append(token_NT.shape)
@@ -170,6 +191,8 @@ class Layout:
             own_NQK = np.broadcast_to(np.tri(width, dtype=bool), (n, width, width))
             masks.append(np.concatenate([prompt_NQK, own_NQK], -1)[:, None])
         token_R = np.concatenate(token_R)
+        # What fills the line up stands where only other padding sees it.
+        token_R[np.flatnonzero(token_R < 0)[:filling]] = tokens + np.arange(filling)
         held = np.flatnonzero(token_R >= 0)
         place_T = np.empty(len(held), dtype=np.int64)
         place_T[token_R[held]] = held
