@@ -197,7 +197,7 @@ def _keep_freed_memory() -> None:
     its time on fetching them again, page by page."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:  # not on macOS
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD, bytes
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, bytes
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
 
 
