@@ -213,7 +213,7 @@ def layers_of(kind, kept, layers=3, rows=5):
         return [cpu.prompts_cache(*torch.randn(2, of * heads, length, size).to(kept)) for length in [longest if of == 2 else room] * layers]
 
     turn_N = torch.polar(torch.ones(rows, size // 2), torch.randn(rows, size // 2))
-    rest = turn_N, torch.tensor([0, 1, 1, 0, 1])[:rows], torch.tensor([longest, 5])
+    rest = turn_N, torch.arange(rows) % 2, torch.tensor([longest, 5])
     return [[product(*form) for form in forms] for _ in range(layers)], caches(2), caches(rows), (heads, size), rest
 
 
@@ -221,16 +221,18 @@ KINDS = [(cpu.Product, torch.float32), (cpu.Product, torch.bfloat16), (cpu.TileP
 
 
 @pytest.mark.parametrize(("kind", "kept"), KINDS)
-@pytest.mark.parametrize("at", [0, 17, 23])
-def test_all_layers_in_one_call_are_one_after_the_other(kind, kept, at):
+@pytest.mark.parametrize(("rows", "at"), [(5, 0), (5, 23), (17, 1), (40, 17)])
+def test_all_layers_in_one_call_are_one_after_the_other(kind, kept, rows, at, monkeypatch):
     if kind is cpu.TileProduct and not cpu.multiplies(torch.bfloat16):
         pytest.skip("the processor has no tiles of bfloat16, or the compiler does not know them")
-    products, prompts, own, (heads, size), rest = layers_of(kind, kept)
-    start, at, steps = torch.randn(5, 48), torch.tensor([at]), [*zip(products, prompts, [[x.clone() for x in own_] for own_ in own], strict=True)]
+    monkeypatch.setattr(cpu.TileProduct, "_narrow", torch.empty(0, dtype=torch.bfloat16))  # no room that others left
+    products, prompts, own, (heads, size), rest = layers_of(kind, kept, rows=rows)
+    start, at, steps = torch.randn(rows, 48), torch.tensor([at]), [*zip(products, prompts, [[x.clone() for x in own_] for own_ in own], strict=True)]
     x = start.clone()
     for (qkv, out, gated, down), prompt, mine in steps:
-        mixed = cpu.attend(qkv(x).view(5, heads, 5, size), rest[0], prompt, mine, *rest[1:], at)
-        down(gated(out(mixed.view(5, -1), x)), x)
+        mixed = cpu.attend(qkv(x).view(rows, heads, 5, size), rest[0], prompt, mine, *rest[1:], at)
+        down(gated(out(mixed.view(rows, -1), x)), x)
+    cpu.TileProduct._narrow = torch.empty(0, dtype=torch.bfloat16)
     whole = cpu.Layers(products, prompts, own, heads, size)
     given = start.clone()
     assert whole(given, *rest, at) is given and given.equal(x) and not given.equal(start)
@@ -257,11 +259,15 @@ def test_layers_that_do_not_fit_are_refused():
     with pytest.raises(TypeError, match="cpu.Layers: a torch.float64 tensor"):
         cpu.Layers(products, *([(k.double(), v.double()) for k, v in caches] for caches in (prompts, own)), heads, size)
     whole, at = cpu.Layers(products, prompts, own, heads, size), torch.tensor([3])
-    for x, turn_N, of_row in ((4, 5, 5), (5, 4, 5), (5, 5, 4)):
+    for x, turn_N, of_row, length in ((4, 5, 5, 2), (5, 4, 5, 2), (5, 5, 4, 2), (5, 5, 5, 1)):
         with pytest.raises(ValueError, match="cpu.Layers: .* do not match"):
-            whole(torch.randn(x, 48), rest[0][:turn_N], rest[1][:of_row], rest[2], at)
+            whole(torch.randn(x, 48), rest[0][:turn_N], rest[1][:of_row], rest[2][:length], at)
+    for x, turn_N in ((torch.randn(5, 47), rest[0]), (torch.randn(5, 48), rest[0][:, 1:])):
+        with pytest.raises(ValueError, match="cpu.Layers: .* do not match"):
+            whole(x, turn_N, *rest[1:], at)
+    narrower = [(k[:, :, 2:].contiguous(), v) for k, v in prompts]
     with pytest.raises(ValueError, match="cpu.Layers: .* do not match"):
-        whole(torch.randn(5, 47), *rest, at)
+        cpu.Layers(products, narrower, own, heads, size)
     with pytest.raises(TypeError, match="cpu.decode: a torch.bfloat16 tensor"):
         whole(torch.randn(5, 48).bfloat16(), *rest, at)
     room = own[0][1].shape[-2]
@@ -373,7 +379,7 @@ def test_the_loops_are_compiled_once(machine, monkeypatch):
     assert cpu.library() is not None and [*machine.iterdir()] == [kept]
 
 
-@pytest.mark.parametrize("refused", ["-fopenmp", "-fopenmp|-march=native", "-fopenmp*|-march=native"])
+@pytest.mark.parametrize("refused", ["-mprefer*", "-fopenmp", "-fopenmp|-march=native", "-fopenmp*|-march=native"])
 def test_a_compiler_that_knows_less_will_do(machine, monkeypatch, tmp_path, refused):
     compiler = tmp_path / "cc"
     refuse = f'for given; do case "$given" in {refused}) echo no such thing >&2; exit 1;; esac; done'

@@ -145,7 +145,7 @@ def test_each_part_and_all_together_are_the_plain_ones(form, monkeypatch):
     for chosen in (*([part] for part in parts.values()), [*parts.values()]):
         assert_equal(policy, chosen)
         assert_equal(policy, chosen, budget=30)
-    monkeypatch.setattr(head, "SLAB_BYTES", 11 * 61 * 4)  # slabs of 11 tokens in chunks of 4
+    monkeypatch.setattr(head, "SLAB_BYTES", 43 * 61 * 4)  # slabs of 32 tokens, or 43 where logits are given, in chunks of 4
     monkeypatch.setattr(head, "CHUNK_BYTES", 4 * 61 * 4)
     for config in (PACKED["llama"], PADDED["gemma"]):
         assert_equal(policy_of(config), [*parts.values()])
@@ -225,8 +225,8 @@ def test_texts_of_any_length_are_multiplied_in_few_sizes():
         assert_equal(policy, [part])
         with Sizes() as sizes:
             updated(policy, [part])
-        odd = {size for size in sizes.seen - own if size % 16}
-        assert sizes.seen - own > odd and max(odd, default=0) <= n  # prompts and their answers are counted in products too
+        texts = {size for size in sizes.seen - own if size > n}  # smaller: so many prompts, and so many answers
+        assert texts and all(size % 16 == 0 for size in texts)
 
 
 def test_what_fills_the_line_up_finds_a_place_whatever_the_lengths():
@@ -237,17 +237,38 @@ def test_what_fills_the_line_up_finds_a_place_whatever_the_lengths():
             assert_equal(policy, [Part("mef", 1.0, [WeighedRow(row, 1.0)], "tokens", losses.weighted_nll)])
 
 
-@pytest.mark.parametrize("config", [PACKED["llama"], PADDED["gemma"]], ids=["packed", "padded"])
-def test_large_products_have_pages_of_their_own_and_the_same_numbers(config, monkeypatch):
+@pytest.mark.parametrize("slab", [32, 4096])
+@pytest.mark.parametrize("kind", ["tied", "untied, with a bias", "tied, bfloat16"])
+def test_large_products_have_pages_of_their_own_and_the_same_numbers(kind, slab, monkeypatch):
+    policy, parts = policy_of(PACKED["llama"]), [*parts_of().values()]
+    if "untied" in kind:
+        policy.model.lm_head = torch.nn.Linear(32, 61)
+    if "bfloat16" in kind:
+        policy.model.to(torch.bfloat16)
+    monkeypatch.setattr(head, "SLAB_BYTES", slab * 61 * policy.model.dtype.itemsize)
+    wanted, told = updated(policy, parts)
     made, plain_product = [], head._product
     monkeypatch.setattr(head, "_product", lambda *given: made.append(plain_product(*given)) or made[-1])
-    monkeypatch.setattr(head, "OWN_PAGES", 1)
-    policy = policy_of(config)
-    if config is PACKED["llama"]:
-        policy.model.lm_head = torch.nn.Linear(32, 61)
-    assert_equal(policy, [*parts_of().values()])
-    assert len(made) == (2 if config is PACKED["llama"] else 0)  # a padded model makes its logits itself
+    monkeypatch.setattr(head, "OWN_PAGES_BYTES", 1)
+    found, record = updated(policy, parts)
+    assert found.equal(wanted) and record == told
+    assert len(made) == (2 if slab == 4096 else 2 * 4)
     assert not any(product.untyped_storage().resizable() for product in made)  # so the heap did not give it
+
+
+@pytest.mark.parametrize("config", [PACKED["llama"], PADDED["gemma"]], ids=["packed", "padded"])
+def test_a_pass_is_scaled_by_what_its_result_is(config):
+    policy, row = policy_of(config), Row((5, 6), (7, 8, 9))
+    part = Part("mef", 1.0, [WeighedRow(row, 1.0)], "tokens", losses.weighted_nll)
+    gradients = []
+    for scale in (1.0, 2.0):
+        loss = head.AnswerLoss([part], [1.0], [row], [[head.Use(0, part.rows[0], 1.0)]], [], None)
+        with packing.packed_attention(policy.model):
+            (scale * packing.run(policy, policy.model, [row], loss)).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.model.parameters()]))
+        policy.model.zero_grad()
+    torch.testing.assert_close(gradients[1], 2 * gradients[0])
+    assert gradients[0].norm() > 0
 
 
 def test_a_pass_for_a_process_that_is_done_has_no_gradient():

@@ -332,6 +332,23 @@ def test_looking_rarely_changes_nothing(monkeypatch, check, refill):
     agree(model, got)
 
 
+@pytest.mark.parametrize(("name", "one"), [("llama", True), ("qwen3", False)])  # qwen3 norms queries and keys
+def test_a_step_is_one_call_where_it_can_be(name, one):
+    answers = decoder.Decoder(decoder.Weights(make(name)), [(3, 4), (5, 6, 7)], [0, 1, 1], 4)
+    calls, attend = [], answers._attend
+    answers._attend = lambda *given: calls.append(given) or attend(*given)
+    with torch.inference_mode():
+        whole_N = answers.step(torch.tensor([8, 9, 10]))
+        others = decoder.Decoder(decoder.Weights(make(name)), [(3, 4), (5, 6, 7)], [0, 1, 1], 4)
+        others._layers = None
+        torch.testing.assert_close(whole_N, others.step(torch.tensor([8, 9, 10])))
+        for kept in (answers, others):
+            kept.keep(torch.tensor([0, 2]))
+        others._layers = None
+        torch.testing.assert_close(answers.step(torch.tensor([8, 9])), others.step(torch.tensor([8, 9])))
+    assert (answers._layers is not None) == one and len(calls) == (0 if one else 2 * SIZES["num_hidden_layers"])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_are_the_same_compiled_laid_out_for_onednn_or_not(monkeypatch, dtype):
     model = make("llama, untied, biases", dtype)

@@ -390,13 +390,13 @@ static void any_product(const float *x, uint16_t *narrow, const void *weight, co
 
 /* One token of each row through all layers: x [rows, hidden] becomes what the last one makes of it.
    qkv, mixed, gated, narrow: room. tiles: matrices are laid out in them. half: keys and values are bfloat16. */
-void decode(float *x, const int64_t *layers, const float *turn_N, const int64_t *prompt_of_row, const int64_t *length, float *qkv,
+void decode(float *x, const layer *layers, const float *turn_N, const int64_t *prompt_of_row, const int64_t *length, float *qkv,
             float *mixed, float *gated, uint16_t *narrow, int64_t count, int64_t rows, int64_t hidden, int64_t heads, int64_t shared,
             int64_t size, int64_t inner, int64_t width, int64_t room, int64_t at, double epsilon, int64_t tiles, int64_t half, int64_t threads)
 {
     const long asked = heads * shared * size, all = heads * (shared + 2) * size;
 #pragma omp parallel num_threads(threads)
-    for (const layer *l = (const layer *)layers, *end = l + count; l < end; l++) {
+    for (const layer *l = layers; l < layers + count; l++) {
         any_product(x, narrow, l->qkv, l->qkv_bias, qkv, rows, hidden, all, epsilon, 0, 0, tiles);
         attend_together(qkv, turn_N, l->prompt_k, l->prompt_v, l->own_k, l->own_v, prompt_of_row, length, mixed, rows, heads, shared,
                         size, width, room, at, half);

@@ -81,7 +81,7 @@ def library() -> ctypes.CDLL | None:
                     os.replace(made, kept)
                 return found
         except (OSError, subprocess.CalledProcessError) as error:
-            said = said or getattr(error, "stderr", None) or str(error)
+            said = getattr(error, "stderr", None) or str(error)  # of the last settings, which ask for the least
     told = f"{compiler!r} compiles no C ({said.strip()[:200]}): transformers samples on this CPU, which is slower; install a compiler"
     warnings.warn(told, stacklevel=2)
     return None
@@ -276,7 +276,7 @@ class TileProduct(Product):
         _run("lay_tiles", weight.contiguous(), line, rows, columns, self._weight, outputs, inputs)
 
     @staticmethod
-    def rounded(rows: int, inputs: int) -> Tensor:
+    def narrow_room(rows: int, inputs: int) -> Tensor:
         """Room for so many rounded rows."""
         needed, narrow = -(-rows // _TILE) * _TILE * -(-inputs // _DEPTH) * _DEPTH, TileProduct._narrow
         if needed > len(narrow):
@@ -286,7 +286,7 @@ class TileProduct(Product):
         return narrow
 
     def _multiply(self, x: Tensor, out: Tensor, rows: int, inputs: int, *how: float) -> None:
-        _run("tile_product", x, self.rounded(rows, inputs), self._weight, self._bias, out, rows, inputs, *how)
+        _run("tile_product", x, self.narrow_room(rows, inputs), self._weight, self._bias, out, rows, inputs, *how)
 
 
 class Layers:
@@ -316,22 +316,25 @@ class Layers:
             _match("Layers", (kind,) * 4, tuple(map(type, layer)))
             _match("Layers", forms, tuple(product.form for product in layer))
             for (k, v), like in zip(caches, (prompts[0], own[0]), strict=True):
-                _match("Layers", like[0].shape, k.shape)
-                _match("Layers", (len(k), k.shape[1] * k.shape[3], _whole(size)), like[1].shape, v.shape)
+                lanes = library().lanes()
+                _match("Layers", (*like[0].shape[:2], size, lanes), k.shape)
+                _match("Layers", (len(k), k.shape[1] * lanes, _whole(size)), like[1].shape, v.shape)
             weights, biases = zip(*(product.places for product in layer), strict=True)
             places.append([*weights, *biases, *(_place("Layers", x, kept) for cache in caches for x in cache)])
         self._alive, self._places = (products, prompts, own), torch.tensor(places)
         self._how = epsilon, kind is TileProduct, kept == torch.bfloat16
-        self._rows, self._widths, self._room = len(own[0][0]) // heads, (wide, asked, inner), own[0][1].shape[-2]
+        self._rows, self._asked, self._room = len(own[0][0]) / heads, len(prompts[0][0]) / heads, own[0][1].shape[-2]
+        self._widths = wide, asked, inner
         self._sizes = hidden, heads, asked // (heads * size), size, inner, prompts[0][1].shape[-2], self._room
 
     def __call__(self, x: Tensor, turn_N: Tensor, prompt_of_row_N: Tensor, length_P: Tensor, at: Tensor) -> Tensor:
         """Args: x: [N, hidden size], float32; overwritten. The others are `attend`'s. Returns: x."""
-        step, rows = _step(at, self._room), self._rows
-        _match("Layers", (rows,), x.shape[:1], turn_N.shape[:1], prompt_of_row_N.shape)
-        _match("Layers", x.shape[1:], self._sizes[:1])
+        step, (rows, hidden), (_, asked, inner) = _step(at, self._room), x.shape, self._widths
+        _match("Layers", (self._rows, self._sizes[0]), x.shape, (*prompt_of_row_N.shape, hidden))
+        _match("Layers", (rows, self._sizes[3] // 2), turn_N.shape)
+        _match("Layers", (self._asked,), length_P.shape)
         rooms = [x.new_empty(rows, width) for width in self._widths]
-        narrow = TileProduct.rounded(rows, max(self._sizes[0], *self._widths))
+        narrow = TileProduct.narrow_room(rows, max(hidden, asked, inner)) if self._how[1] else None
         rest = *rooms, narrow, len(self._places), rows, *self._sizes, step, *self._how
         _run("decode", x, self._places, torch.view_as_real(turn_N), prompt_of_row_N, length_P, *rest)
         return x

@@ -158,12 +158,12 @@ class Decoder:
         shape = len(prompt_of_row) * weights.kv_heads, room, size
         self._own = [self._reserved(*shape) for _ in weights.layers]
         """Of each layer the answers' keys and values, as the prompts' are kept."""
-        self._layers = self._whole()
+        self._layers = self._in_one_call()
 
-    def _whole(self) -> cpu.Layers | None:
-        """All layers in one call, where that can be."""
-        w, products = self._w, self._w.products()
-        return None if products is None else cpu.Layers(products, self._prompts, self._own, w.kv_heads, w.head_size)
+    def _in_one_call(self) -> cpu.Layers | None:
+        """All layers, where that can be."""
+        w, taken = self._w, self._w.products()
+        return None if taken is None else cpu.Layers(taken, self._prompts, self._own, w.kv_heads, w.head_size)
 
     def _reserved(self, *shape: int) -> tuple[Tensor, ...]:
         if self._length_P.is_cuda:
@@ -197,7 +197,7 @@ class Decoder:
         heads = torch.arange(self._w.kv_heads, device=rows.device)
         kept = (rows[:, None] * len(heads) + heads).flatten()
         self._own = [(k[kept], v[kept]) for k, v in self._own]
-        self._layers = self._whole()
+        self._layers = self._in_one_call()
 
     def step(self, token_N: Tensor) -> Tensor:
         """Append a token to every row. Returns: the next one's logits [N, V], which the step after may overwrite."""

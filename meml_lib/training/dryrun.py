@@ -143,14 +143,16 @@ def pass_bytes(
     Traced passes of Llama- and Qwen-shaped models differ by 5 %, of very small ones by 30 % (`tests/test_dryrun.py`).
     """
     c, size, heads = model.config, model.dtype.itemsize, model.config.num_attention_heads * _head(model.config)
-    tokens, seen = prompt_tokens + answers * answer_tokens, prompt_tokens + answer_tokens
-    packs, predicted = packing.packs(model), packing.rounded_up(answers * answer_tokens)
+    tokens, predicted = prompt_tokens + answers * answer_tokens, answers * answer_tokens
+    packs, wide, seen = packing.packs(model), answer_tokens, prompt_tokens + answer_tokens
     if packs:
-        tokens = packing.rounded_up(tokens)
+        tokens, predicted = packing.rounded_up(tokens), packing.rounded_up(predicted)
+        wide = packing.rounded_up(answer_tokens - 1, packing.COLUMNS)
+        seen = packing.rounded_up(prompt_tokens, packing.COLUMNS) + wide
     kept = 2 if packs and any(map(lean.is_gated, model.modules())) else 4
     layer = tokens * size * (4 * c.hidden_size + kept * c.intermediate_size + 3 * heads)
     passing = tokens * ((4 if again else 3) * size * c.intermediate_size // 2 + 2 * 4 * c.hidden_size)
-    layer += answers * seen * size * (2 * heads + answer_tokens)
+    layer += answers * seen * size * (2 * heads + wide)
     logits = predicted * c.vocab_size * size
     slab, chunk = head.sizes(device)
     weights = c.vocab_size * c.hidden_size * (size if logits <= slab else 2 * size + 4)

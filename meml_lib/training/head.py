@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -27,8 +28,8 @@ CHUNK_BYTES, CUDA_CHUNK_BYTES = 2**24, 2**28
 """Of a chunk of a slab in float32, about twice alive, where no compiled loops do without. A CPU's stays in its caches; a GPU
 needs many rows to be busy."""
 
-OWN_PAGES = 2**24
-"""Bytes of a product from which on it leaves the heap."""
+OWN_PAGES_BYTES = 2**24
+"""Of a product that leaves the heap, or more."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,8 @@ class _InSlabs(torch.autograd.Function):
         wide = x_nF.shape[-1] if weight_VF is None else len(weight_VF)
         slab_bytes, chunk_bytes = sizes(x_nF.device.type)
         slab = max(1, slab_bytes // (wide * x_nF.itemsize))
+        if weight_VF is not None:  # down to a multiple
+            slab = rounded_up(max(1, slab - rounded_up(1) + 1))
         chunk = slab if loss.is_compiled(x_nF) else max(1, chunk_bytes // (wide * 4))
         total, grad_x, grad_weight, grad_bias = 0.0, torch.empty_like(x_nF), None, None
         for start in range(0, len(x_nF), slab):
@@ -190,18 +193,19 @@ class _InSlabs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         grad_x, *outer = ctx.saved_tensors
-        whole = not grad.is_cuda and grad.item() == 1.0  # as nearly always; on CUDA to know it would be to wait
-        grad_x, *outer = (g if g is None or whole else g.mul_(grad) for g in (grad_x, *outer))
+        unscaled = grad.device.type == "cpu" and grad.item() == 1.0  # as nearly always; elsewhere to know it is to wait
+        grad_x, *outer = (g if g is None or unscaled else g.mul_(grad) for g in (grad_x, *outer))
         return grad_x, *(g if g is None else g.to(ctx.dtype) for g in outer), None
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a b + bias. On a CPU a large one has pages of its own, which the system gets back: of blocks that are a little larger
-    or smaller each time, every one leaves a hole in the heap that the next does not fit into."""
+    or smaller each time, every one leaves a hole in the heap that the next does not fit into. Huge pages, if there are any,
+    are fetched a hundred times as fast as malloc's."""
     size, out = len(a) * b.shape[1] * a.itemsize, None
-    if a.device.type == "cpu" and size >= OWN_PAGES and not products.slow(a.dtype, a.device):
+    if a.device.type == "cpu" and size >= OWN_PAGES_BYTES and not products.slow(a.dtype, a.device):
         pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):  # else fetching them takes as long as it saves
+        with suppress(AttributeError, OSError):  # a system may know none
             pages.madvise(mmap.MADV_HUGEPAGE)
         out = torch.frombuffer(pages, dtype=a.dtype).view(len(a), -1)
     return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)

@@ -2,9 +2,9 @@
 
 The rows of a micro-batch are trees: a prompt and its answers. Every layer but attention works on each token alone, so
 the tokens stand in one flat line, prompts before answers, an answer's positions counted on from its prompt's; a few that
-predict nothing fill it up to a whole number (`rounded_up`). Attention
-takes its queries, keys and values out of that line into padded batches, the prompts' own and the answers' over their
-prompt's keys and their own, calls torch's attention on them, and puts the results back into the line.
+predict nothing fill it up (`rounded_up`). Attention takes its queries, keys and values out of that line into padded batches,
+the prompts' own and the answers' over their prompt's keys and their own, calls torch's attention on them, and puts the
+results back into the line.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ Head = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 """From what the model holds at n places, and the output layer's weight [V, H] and bias [V], to the pass's result. The
 model holds hidden states [n, H]; or its logits [n, V], and then there is no weight."""
 
-_EVEN, _COLUMNS = 32, 16
-"""A pass's tokens are filled up to a multiple, and so are attention's rows: a product of bfloat16 on a CPU takes up to twice as
-long with some odd sizes, and for every new one oneDNN compiles another, of which it keeps a part for good."""
+_MULTIPLE, COLUMNS = 32, 16
+"""Of tokens in a pass and in a row of attention's batches: a product of bfloat16 on a CPU takes up to twice as long with some
+odd sizes, and for every new one oneDNN compiles another, of which it keeps a part for good."""
 _ATTENTION = "meml_packed"
 # All but cuDNN's, which plans anew for each shape, and a pass's shapes are its own.
 _BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -41,13 +41,13 @@ def packs(model: PreTrainedModel) -> bool:
     return plain and isinstance(model.get_output_embeddings(), nn.Linear)
 
 
-def rounded_up(tokens: int, multiple: int = _EVEN) -> int:
-    """How many a product is given.
+def rounded_up(tokens: int, multiple: int = _MULTIPLE) -> int:
+    """How many a product is given: the least multiple that is not smaller.
 
-    >>> rounded_up(33), rounded_up(64)
-    (64, 64)
+    >>> rounded_up(33), rounded_up(64), rounded_up(33, COLUMNS)
+    (64, 64, 48)
     """
-    return -(-int(tokens) // multiple) * multiple
+    return -(-tokens // multiple) * multiple
 
 
 def trees(rows: Sequence[Row], budget: int) -> Iterator[list[int]]:
@@ -101,8 +101,7 @@ def run(policy: Policy, model: nn.Module, rows: Sequence[Row], head: Head) -> Te
     layout = Layout.of(prompt_tokens_P, answer_tokens_N - 1, parent_N, policy.model)
     first = [0] * len(prompts) + prompt_tokens_P[parent_N].tolist()
     start = np.cumsum([0, *map(len, inputs)])
-    filling = rounded_up(start[-1]) - start[-1]
-    inputs.append((prompts[0][0],) * filling)
+    inputs.append((prompts[0][0],) * (len(layout.place_T) - int(start[-1])))
     positions = np.concatenate([np.arange(at, at + len(tokens)) for at, tokens in zip([*first, 0], inputs, strict=True)])
     # The prompt's last token predicts the answer's first.
     lasts, starts = start[1:][parent_N] - 1, start[len(prompts) : -1]
@@ -169,15 +168,16 @@ class Layout:
         lengths = np.concatenate([prompt_tokens_P, answer_tokens_N])
         start = np.cumsum(lengths) - lengths
         answers = np.flatnonzero(answer_tokens_N)
-        # A bucket's answers are at least half as long as its longest.
-        halvings = np.log2(answer_tokens_N.max(initial=1) / answer_tokens_N[answers]).astype(int)
+        # A bucket's answers are at least half as long as its longest, once rounded up.
+        rounded_N = rounded_up(answer_tokens_N, COLUMNS)
+        halvings = np.log2(rounded_N.max(initial=1) / rounded_N[answers]).astype(int)
         buckets = [answers[halvings == h] for h in np.unique(halvings)]
         batches = [np.arange(len(prompt_tokens_P)), *(len(prompt_tokens_P) + bucket for bucket in buckets)]
-        widths = [rounded_up(lengths[batch].max(), _COLUMNS) for batch in batches]
+        widths = [rounded_up(lengths[batch].max(), COLUMNS) for batch in batches]
         tokens = lengths.sum()
         filling = rounded_up(tokens) - tokens
         missing = filling + tokens - sum(len(batch) * width for batch, width in zip(batches, widths, strict=True))
-        widths[-1] += rounded_up(-(-max(0, missing) // len(batches[-1])), _COLUMNS)
+        widths[-1] += rounded_up(-(-max(0, missing) // len(batches[-1])), COLUMNS)
         token_R, shapes = [], []
         for batch, width in zip(batches, widths, strict=True):
             column_T = np.arange(width)

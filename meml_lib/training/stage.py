@@ -193,8 +193,9 @@ def accelerator_of(p: config.Run, **tracking: Any) -> Accelerator:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep what is freed. Else it gives large blocks back to the system, and a step on a CPU spends a tenth of
-    its time on fetching them again, page by page."""
+    """Let glibc keep what is freed, but for blocks of 32 MiB and more, of which it never keeps any by itself. Else it gives
+    smaller ones back too, and a step on a CPU spends up to a tenth of its time on fetching them again, page by page. Kept, the
+    largest would leave holes that nothing else fills: a sampler's output matrix, an update's gradient of it."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:  # not on macOS
         mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, bytes
