@@ -13,8 +13,8 @@ def folder(tmp_path_factory):
 
 
 EXACT = {"dtype": "float64"}
-"""Of the model's passes; what the optimiser holds stays float32. In float32 passes round otherwise in each layout, and now and
-then, on some CPUs, another token is drawn: all that follows differs."""
+"""Of the model's passes; losses and what the optimiser holds stay float32. In float32 passes round otherwise in each layout, and
+now and then, on some CPUs, another token is drawn: all that follows differs."""
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def one(folder):
     return ranks.run(1, folder, **EXACT)
 
 
-def assert_same(one, other, *, within=1e-7):
+def assert_same(one, other, *, within=1e-6):
     for what in ("texts", "buffer", "spent"):  # the held pairs themselves, after every step
         assert ranks.same(one, other, what) == len(one.told), what
     assert ranks.difference(one, other) < within < 1e-2 * ranks.moved(one)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,6 +93,10 @@ def run(stage: config.Stage, p: config.Run, on_record: OnRecord | None = None) -
     if accelerator.is_main_process:
         card.write(folder, stage, p)
     accelerator.wait_for_everyone()
+    if accelerator.num_processes > 1:
+        # A thread of gloo's may not have let go of that yet, for which it needs the interpreter's lock; torch ends the group
+        # with the lock held, and waits for the thread: for good.
+        time.sleep(0.1)
     if p.sampling.engine == "vllm":
         vllm.stop()
     accelerator.end_training()
