@@ -311,12 +311,11 @@ class Layers:
         inner, asked, kind = products[0][3].form[1], wide - 2 * heads * size, type(products[0][0])
         forms = (wide, hidden, epsilon, False), (hidden, asked, -1.0, False)
         forms += (2 * inner, hidden, epsilon, True), (hidden, inner, -1.0, False)
-        kept, places = torch.bfloat16 if own[0][0].dtype == torch.bfloat16 else torch.float32, []
+        kept, lanes, places = torch.bfloat16 if own[0][0].dtype == torch.bfloat16 else torch.float32, library().lanes(), []
         for layer, caches in zip(products, zip(prompts, own, strict=True), strict=True):
             _match("Layers", (kind,) * 4, tuple(map(type, layer)))
             _match("Layers", forms, tuple(product.form for product in layer))
             for (k, v), like in zip(caches, (prompts[0], own[0]), strict=True):
-                lanes = library().lanes()
                 _match("Layers", (*like[0].shape[:2], size, lanes), k.shape)
                 _match("Layers", (len(k), k.shape[1] * lanes, _whole(size)), like[1].shape, v.shape)
             weights, biases = zip(*(product.places for product in layer), strict=True)

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from meml_lib.rollouts import cpu, products
 from meml_lib.training.losses import Part, WeighedRow
-from meml_lib.training.packing import rounded_up
+from meml_lib.training.packing import MULTIPLE, rounded_up
 from meml_lib.training.policy import Row
 
 SLAB_BYTES, CUDA_SLAB_BYTES = 2**28, 2**30
@@ -167,16 +167,18 @@ class _InSlabs(torch.autograd.Function):
         wide = x_nF.shape[-1] if weight_VF is None else len(weight_VF)
         slab_bytes, chunk_bytes = sizes(x_nF.device.type)
         slab = max(1, slab_bytes // (wide * x_nF.itemsize))
-        if weight_VF is not None:  # down to a multiple
-            slab = rounded_up(max(1, slab - rounded_up(1) + 1))
+        if weight_VF is not None:
+            slab = max(1, slab // MULTIPLE) * MULTIPLE
         chunk = slab if loss.is_compiled(x_nF) else max(1, chunk_bytes // (wide * 4))
         total, grad_x, grad_weight, grad_bias = 0.0, torch.empty_like(x_nF), None, None
         for start in range(0, len(x_nF), slab):
             x_sF = x_nF[start : start + slab]
             count = len(x_sF)
-            if weight_VF is not None:
+            if weight_VF is None:
+                grad_sV = x_sF.clone()
+            else:
                 x_sF = functional.pad(x_sF, (0, 0, 0, rounded_up(count) - count))
-            grad_sV = x_sF.clone() if weight_VF is None else _product(x_sF, weight_VF.T, bias_V)
+                grad_sV = _product(x_sF, weight_VF.T, bias_V)
             for at, logits_cV in enumerate(grad_sV[:count].split(chunk)):
                 total = total + loss.of(logits_cV, start + at * chunk, head)
             grad_sV[count:] = 0.0

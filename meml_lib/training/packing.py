@@ -26,7 +26,7 @@ Head = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 """From what the model holds at n places, and the output layer's weight [V, H] and bias [V], to the pass's result. The
 model holds hidden states [n, H]; or its logits [n, V], and then there is no weight."""
 
-_MULTIPLE, COLUMNS = 32, 16
+MULTIPLE, COLUMNS = 32, 16
 """Of tokens in a pass and in a row of attention's batches: a product of bfloat16 on a CPU takes up to twice as long with some
 odd sizes, and for every new one oneDNN compiles another, of which it keeps a part for good."""
 _ATTENTION = "meml_packed"
@@ -41,7 +41,7 @@ def packs(model: PreTrainedModel) -> bool:
     return plain and isinstance(model.get_output_embeddings(), nn.Linear)
 
 
-def rounded_up(tokens: int, multiple: int = _MULTIPLE) -> int:
+def rounded_up(tokens: int, multiple: int = MULTIPLE) -> int:
     """How many a product is given: the least multiple that is not smaller.
 
     >>> rounded_up(33), rounded_up(64), rounded_up(33, COLUMNS)
@@ -176,7 +176,7 @@ class Layout:
         widths = [rounded_up(lengths[batch].max(), COLUMNS) for batch in batches]
         tokens = lengths.sum()
         filling = rounded_up(tokens) - tokens
-        missing = filling + tokens - sum(len(batch) * width for batch, width in zip(batches, widths, strict=True))
+        missing = rounded_up(tokens) - sum(len(batch) * width for batch, width in zip(batches, widths, strict=True))
         widths[-1] += rounded_up(-(-max(0, missing) // len(batches[-1])), COLUMNS)
         token_R, shapes = [], []
         for batch, width in zip(batches, widths, strict=True):
