@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import subprocess
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -89,6 +91,16 @@ def test_a_kernel_opens_no_network_port(project, capsys):
     jobs = graph.jobs(study())
     execute.execute(jobs["00_experts"], jobs)
     assert "[00_experts] ipc\n" in capsys.readouterr().out
+
+
+def test_a_line_is_one_write_with_its_end_for_jobs_share_a_pipe(tmp_path):
+    says = "from types import SimpleNamespace as job; from meml_lib.pipeline import execute\n"
+    says += "execute._say(job(name='05_report'), 'done in 1.9 s')"
+    reading, writing = socket.socketpair(type=socket.SOCK_DGRAM)  # what is read at once was written at once
+    unbuffered = os.environ | {"PYTHONUNBUFFERED": "1"}
+    subprocess.run([sys.executable, "-c", says], stdout=writing, env=unbuffered, cwd=light.HERE.parent, check=True)
+    with reading, writing:
+        assert reading.recv(4096) == b"[05_report] done in 1.9 s\n"
 
 
 def test_a_misspelt_parameter_fails_in_the_first_cells(project):

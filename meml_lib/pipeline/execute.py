@@ -265,7 +265,8 @@ class _Lines:
 
 
 def _say(job: graph.Job, text: str) -> None:
-    print(f"[{job.name}] {text}", flush=True)
+    # In one write: jobs share one pipe, and unbuffered (PYTHONUNBUFFERED) print writes the line's end by itself.
+    print(f"[{job.name}] {text}\n", end="", flush=True)
 
 
 def _failed_since(job: graph.Job, file: Path) -> bool:
