@@ -3,6 +3,7 @@ interpreter (which needs a numpy before 2.4)."""
 
 import math
 import os
+import re
 import subprocess
 from importlib.util import find_spec
 
@@ -160,7 +161,7 @@ def test_a_norm_is_torchs(shape):
 @pytest.mark.parametrize("epsilon", [None, 1e-5])
 def test_a_product_is_torchs_normed_gated_or_added(rows, inputs, outputs, epsilon, dtype):
     if not cpu.multiplies(dtype):
-        pytest.skip("the processor has no tiles of bfloat16, or the compiler does not know them")
+        pytest.skip("the processor does not multiply bfloat16, or the compiler does not know how")
     x, weight, bias = torch.randn(rows, inputs), torch.randn(outputs, inputs).to(dtype), torch.randn(outputs).to(dtype)
     normed = x if epsilon is None else torch.nn.functional.rms_norm(x, (inputs,), None, epsilon)
     exact = (normed.to(dtype).double(), weight.double(), bias.double())
@@ -183,7 +184,7 @@ def test_a_product_is_torchs_normed_gated_or_added(rows, inputs, outputs, epsilo
 @pytest.mark.parametrize(("inputs", "outputs"), [(96, 64), (33, 157)])
 def test_a_matrix_in_tiles_is_the_scaled_and_ordered_one(given, inputs, outputs):
     if not cpu.multiplies(torch.bfloat16):
-        pytest.skip("the processor has no tiles of bfloat16, or the compiler does not know them")
+        pytest.skip("the processor does not multiply bfloat16, or the compiler does not know how")
     weight, parts = torch.randn(outputs, inputs).bfloat16(), {"columns": torch.rand(inputs), "rows": torch.rand(outputs)}
     parts = {name: value for name, value in (parts | {"order": torch.randperm(outputs)}).items() if name in given}
     scaled = weight * parts.get("columns", torch.ones(inputs)) * parts.get("rows", torch.ones(outputs))[:, None]
@@ -224,7 +225,7 @@ KINDS = [(cpu.Product, torch.float32), (cpu.Product, torch.bfloat16), (cpu.TileP
 @pytest.mark.parametrize(("rows", "at"), [(5, 0), (5, 23), (17, 1), (40, 17)])
 def test_all_layers_in_one_call_are_one_after_the_other(kind, kept, rows, at, monkeypatch):
     if kind is cpu.TileProduct and not cpu.multiplies(torch.bfloat16):
-        pytest.skip("the processor has no tiles of bfloat16, or the compiler does not know them")
+        pytest.skip("the processor does not multiply bfloat16, or the compiler does not know how")
     monkeypatch.setattr(cpu.TileProduct, "_narrow", torch.empty(0, dtype=torch.bfloat16))  # no room that others left
     products, prompts, own, (heads, size), rest = layers_of(kind, kept, rows=rows)
     start, at, steps = torch.randn(rows, 48), torch.tensor([at]), [*zip(products, prompts, [[x.clone() for x in own_] for own_ in own], strict=True)]
@@ -275,11 +276,11 @@ def test_layers_that_do_not_fit_are_refused():
         whole(torch.randn(5, 48), *rest, torch.tensor([room]))
 
 
-def test_a_processor_with_tiles_uses_them():
+def test_a_processor_that_multiplies_bfloat16_does_so():
     compiler = (os.environ.get("CC") or "cc").split()
     known = subprocess.run([*compiler, "-march=native", "-dM", "-E", "-x", "c", os.devnull], capture_output=True, text=True)
-    if "__AMX_BF16__" not in known.stdout:
-        pytest.skip("the processor has no tiles of bfloat16, or the compiler does not know them")
+    if not re.search("__(AMX_BF16|AVX512BF16)__", known.stdout):
+        pytest.skip("the processor does not multiply bfloat16, or the compiler does not know how")
     assert cpu.multiplies(torch.bfloat16)  # else a compiler's error hid, and slower settings were taken
 
 

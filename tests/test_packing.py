@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from meml_lib.rollouts import cpu
+from meml_lib.rollouts import cpu, pages
 from meml_lib.schema import OptimizerParams
 from meml_lib.training import head, losses, packing
 from meml_lib.training.learner import Learner
@@ -249,7 +249,7 @@ def test_large_products_have_pages_of_their_own_and_the_same_numbers(kind, slab,
     wanted, told = updated(policy, parts)
     made, plain_product = [], head._product
     monkeypatch.setattr(head, "_product", lambda *given: made.append(plain_product(*given)) or made[-1])
-    monkeypatch.setattr(head, "OWN_PAGES_BYTES", 1)
+    monkeypatch.setattr(pages, "LEAST_BYTES", 1)
     found, record = updated(policy, parts)
     assert found.equal(wanted) and record == told
     assert len(made) == (2 if slab == 4096 else 2 * 4)

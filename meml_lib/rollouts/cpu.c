@@ -4,9 +4,12 @@
 #include <stdint.h>
 #include <string.h>
 #if defined(__AMX_BF16__) && defined(__linux__)
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#define AMX
+#endif
+#if defined(AMX) || defined(__AVX512BF16__)
+#include <immintrin.h>
 #define TILES
 #endif
 
@@ -256,11 +259,13 @@ void product(const float *x, const float *panels, const float *bias, float *out,
     product_together(x, panels, bias, out, rows, inputs, outputs, epsilon, add, gated);
 }
 
-/* Whether the processor multiplies tiles of bfloat16, and the system lets this process use them. */
+/* Whether `tile_product` works: the processor multiplies bfloat16, and the system lets this process use what does. */
 int64_t has_tiles(void)
 {
-#ifdef TILES
+#ifdef AMX
     return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tiles' data */) == 0;
+#elif defined(TILES)
+    return 1;
 #else
     return 0;
 #endif
@@ -270,12 +275,6 @@ int64_t has_tiles(void)
 #define TILE 16  /* rows of a tile, and outputs of another */
 #define DEPTH 32 /* bfloat16 numbers that they meet in */
 #define AHEAD 4096 /* numbers; a matrix comes from memory, faster when asked for so early */
-
-static const struct {
-    uint8_t palette, start, reserved[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-} EIGHT_TILES = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
 /* W [M, K] as `tile_product` reads it: output m is line[m] of the weight, times rows' number of that line and columns' of each
    input, in float32; these may be NULL. */
@@ -301,6 +300,76 @@ void lay_tiles(const uint16_t *weight, const int64_t *line, const float *rows, c
     }
 }
 
+#ifdef AMX
+static const struct {
+    uint8_t palette, start, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+} EIGHT_TILES = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+
+static void multiply(const uint16_t *a, const uint16_t *w, float (*sum)[2 * TILE], long rows, long deep, int first)
+{
+    const long row = deep * DEPTH;
+    const uint16_t *below = a + (rows > TILE ? TILE * row : 0);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (long k = 0; k < deep; k++) {
+        const uint16_t *pair = w + k * 2 * TILE * DEPTH;
+        _tile_loadd(6, pair, 2 * DEPTH);
+        _tile_loadd(7, pair + TILE * DEPTH, 2 * DEPTH);
+        for (int line = 0; line < 2 * TILE && first; line++) __builtin_prefetch(pair + AHEAD + line * DEPTH, 0, 2);
+        _tile_loadd(4, a + k * DEPTH, row * sizeof *a);
+        _tile_loadd(5, below + k * DEPTH, row * sizeof *a);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, sum[0], sizeof *sum);
+    _tile_stored(1, sum[0] + TILE, sizeof *sum);
+    _tile_stored(2, sum[TILE], sizeof *sum);
+    _tile_stored(3, sum[TILE] + TILE, sizeof *sum);
+}
+#else
+#define MOST 12 /* rows whose sums stay in registers */
+
+INLINE void multiply_rows(const uint16_t *a, const uint16_t *w, float (*sum)[2 * TILE], long deep, int first, const int rows)
+{
+    __m512 own[MOST][2];
+    for (int r = 0; r < rows; r++) own[r][0] = own[r][1] = _mm512_setzero_ps();
+    for (long k = 0; k < deep; k++, w += 2 * TILE * DEPTH)
+        for (int d = 0; d < DEPTH / 2; d++) {
+            const __m512bh left = (__m512bh)_mm512_loadu_si512(w + d * DEPTH);
+            const __m512bh right = (__m512bh)_mm512_loadu_si512(w + (TILE + d) * DEPTH);
+            if (first) {
+                __builtin_prefetch(w + AHEAD + d * DEPTH, 0, 2);
+                __builtin_prefetch(w + AHEAD + (TILE + d) * DEPTH, 0, 2);
+            }
+            for (int r = 0; r < rows; r++) {
+                int32_t pair;
+                memcpy(&pair, a + r * deep * DEPTH + k * DEPTH + 2 * d, sizeof pair);
+                const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+                own[r][0] = _mm512_dpbf16_ps(own[r][0], both, left);
+                own[r][1] = _mm512_dpbf16_ps(own[r][1], both, right);
+            }
+        }
+    for (int r = 0; r < rows; r++)
+        for (int half = 0; half < 2; half++) _mm512_storeu_ps(sum[r] + half * TILE, own[r][half]);
+}
+
+static void multiply(const uint16_t *a, const uint16_t *w, float (*sum)[2 * TILE], long rows, long deep, int first)
+{
+    for (long r = 0; r < rows; r += MOST, a += MOST * deep * DEPTH, sum += MOST, first = 0)
+        switch ((rows - r + 3) / 4) { /* x has whole tiles of rows */
+            case 1: multiply_rows(a, w, sum, deep, first, 4); break;
+            case 2: multiply_rows(a, w, sum, deep, first, 8); break;
+            default: multiply_rows(a, w, sum, deep, first, MOST);
+        }
+}
+#endif
+
 /* `product` of a bfloat16 matrix; x is rounded to bfloat16 after its norm.
    narrow: room for x, rows and inputs in whole tiles. tiles: W as [M / 32, K / 32, 2, 16, 16, 2]: of 32 outputs and 32 inputs
    two tiles, each as pairs of inputs by outputs; a gate's first tile is of the first half, its second of the other. */
@@ -316,48 +385,29 @@ static void tile_product_together(const float *x, uint16_t *narrow, const uint16
         const long from = n < rows ? inputs : 0;
         memset(narrow + n * row + from, 0, (row - from) * sizeof *narrow);
     }
-    float sum[2][2][TILE][TILE]; /* of 16 rows each, 16 outputs each */
+    float sum[2 * TILE][2 * TILE]; /* of so many rows so many outputs */
+#ifdef AMX
     __asm__ volatile("" ::: "memory"); /* tiles are loaded unseen by the compiler, which must have written x by now */
     _tile_loadconfig(&EIGHT_TILES);
+#endif
 #pragma omp for
-    for (long b = 0; b < count; b++) {
-        const uint16_t *w = tiles + b * deep * 2 * TILE * DEPTH;
+    for (long b = 0; b < count; b++)
         for (long from = 0; from < rows; from += 2 * TILE) {
-            const uint16_t *a = narrow + from * row, *below = a + (high - from > TILE ? TILE * row : 0);
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
-            for (long k = 0; k < deep; k++) {
-                const uint16_t *pair = w + k * 2 * TILE * DEPTH;
-                _tile_loadd(6, pair, 2 * DEPTH);
-                _tile_loadd(7, pair + TILE * DEPTH, 2 * DEPTH);
-                for (int line = 0; line < 2 * TILE && from == 0; line++)
-                    __builtin_prefetch(pair + AHEAD + line * DEPTH, 0, 2);
-                _tile_loadd(4, a + k * DEPTH, row * sizeof *a);
-                _tile_loadd(5, below + k * DEPTH, row * sizeof *a);
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_dpbf16ps(1, 4, 7);
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
-            }
-            _tile_stored(0, sum[0][0], sizeof sum[0][0][0]);
-            _tile_stored(1, sum[0][1], sizeof sum[0][0][0]);
-            _tile_stored(2, sum[1][0], sizeof sum[0][0][0]);
-            _tile_stored(3, sum[1][1], sizeof sum[0][0][0]);
-            for (long r = 0; r < 2 * TILE && from + r < rows; r++) {
-                const float *left = sum[r / TILE][0][r % TILE], *right = sum[r / TILE][1][r % TILE];
-                const float *more = bias + b * 2 * TILE;
+            const long here = rows - from < 2 * TILE ? rows - from : 2 * TILE;
+            const float *more = bias + b * 2 * TILE;
+            multiply(narrow + from * row, tiles + b * row * 2 * TILE, sum, here, deep, from == 0);
+            for (long r = 0; r < here; r++) {
                 float *y = out + (from + r) * wide + b * (gated ? TILE : 2 * TILE);
                 if (gated)
-                    for (int c = 0; c < TILE; c++) y[c] = silu(left[c] + more[c]) * (right[c] + more[TILE + c]);
+                    for (int c = 0; c < TILE; c++) y[c] = silu(sum[r][c] + more[c]) * (sum[r][TILE + c] + more[TILE + c]);
                 else
                     for (long c = 0; c < 2 * TILE && b * 2 * TILE + c < outputs; c++)
-                        y[c] = (c < TILE ? left[c] : right[c - TILE]) + more[c] + (add ? y[c] : 0.0f);
+                        y[c] = sum[r][c] + more[c] + (add ? y[c] : 0.0f);
             }
         }
-    }
+#ifdef AMX
     _tile_release();
+#endif
 }
 
 void tile_product(const float *x, uint16_t *narrow, const uint16_t *tiles, const float *bias, float *out, int64_t rows, int64_t inputs,

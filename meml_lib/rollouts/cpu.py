@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from meml_lib.rollouts import pages
+
 _SOURCE = Path(__file__).with_name("cpu.c")
 _PANEL, _TILE, _DEPTH = 16, 16, 32  # as in cpu.c
 _KEPT = 2**21  # numbers of a product's rounded rows that are kept room for; a decode step's are fewer, long prompts' are not
@@ -271,7 +273,8 @@ class TileProduct(Product):
         outputs, inputs = weight.shape
         for size, given in ((inputs, columns), (outputs, rows), (outputs, order)):
             _match("TileProduct", (size,), *(() if given is None else (given.shape,)))
-        self._weight = weight.new_empty(-(-outputs // (2 * _TILE)), -(-inputs // _DEPTH), 2, _TILE, _TILE, 2)
+        blocks = -(-outputs // (2 * _TILE)), -(-inputs // _DEPTH)
+        self._weight = pages.empty((*blocks, 2, _TILE, _TILE, 2), weight.dtype)
         line = own if order is None else torch.arange(outputs)[order[own]]  # an error where there is no such output
         _run("lay_tiles", weight.contiguous(), line, rows, columns, self._weight, outputs, inputs)
 

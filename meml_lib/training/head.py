@@ -7,9 +7,7 @@ hands the gradients on.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from meml_lib.rollouts import cpu, products
+from meml_lib.rollouts import cpu, pages, products
 from meml_lib.training.losses import Part, WeighedRow
 from meml_lib.training.packing import MULTIPLE, rounded_up
 from meml_lib.training.policy import Row
@@ -27,9 +25,6 @@ SLAB_BYTES, CUDA_SLAB_BYTES = 2**28, 2**30
 CHUNK_BYTES, CUDA_CHUNK_BYTES = 2**24, 2**28
 """Of a chunk of a slab in float32, about twice alive, where no compiled loops do without. A CPU's stays in its caches; a GPU
 needs many rows to be busy."""
-
-OWN_PAGES_BYTES = 2**24
-"""Of a product that leaves the heap, or more."""
 
 
 @dataclass(frozen=True)
@@ -201,15 +196,9 @@ class _InSlabs(torch.autograd.Function):
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a b + bias. On a CPU a large one has pages of its own, which the system gets back: of blocks that are a little larger
-    or smaller each time, every one leaves a hole in the heap that the next does not fit into. Huge pages, if there are any,
-    are fetched a hundred times as fast as malloc's."""
-    size, out = len(a) * b.shape[1] * a.itemsize, None
-    if a.device.type == "cpu" and size >= OWN_PAGES_BYTES and not products.slow(a.dtype, a.device):
-        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with suppress(AttributeError, OSError):  # a system may know none
-            pages.madvise(mmap.MADV_HUGEPAGE)
-        out = torch.frombuffer(pages, dtype=a.dtype).view(len(a), -1)
+    """a b + bias; a large one of a CPU's in pages of its own."""
+    own = a.device.type == "cpu" and not products.slow(a.dtype, a.device)
+    out = pages.empty((len(a), b.shape[1]), a.dtype) if own else None
     return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
 
 
