@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LOSSES, CREDIT, BUFFER = "meml_lib/training/losses.py", "meml_lib/training/credit.py", "meml_lib/training/buffer.py"
 PACKING, PLAIN = "meml_lib/training/packing.py", "test_packing.py::test_a_packed_update_is_the_plain_one_whatever_the_micro_batch"
 LEAN, CPU, KERNELS = "meml_lib/training/lean.py", "meml_lib/rollouts/cpu.c", "test_kernels.py::test_"
-TIED = "meml_lib/training/tied.py"
+TIED, PAGES, KEPT = "meml_lib/training/tied.py", "meml_lib/rollouts/pages.py", "test_pages.py::test_"
 NLL = "    return -(weight_N[:, None] * logp_NT.masked_fill(~mask_NT, 0.0)).sum()"
 GAP = "    gap_NT = best_logp_NT.detach() - logp_NT\n    return (weight_N[:, None] * gap_NT.masked_fill(~mask_NT, 0.0)).sum()"
 K2 = "0.5 * gap_NT.masked_fill(~mask_NT, 0.0).square()"
@@ -61,6 +61,9 @@ MUTANTS = [  # what is broken, file, text, its replacement, the test that must f
     ("attention of any size", PACKING, "widths = [rounded_up(lengths[batch].max(), COLUMNS)", "widths = [rounded_up(lengths[batch].max(), 1)", "test_packing.py::test_texts_of_any_length_are_multiplied_in_few_sizes"),
     ("logits that nobody wants have a gradient", "meml_lib/training/head.py", "            grad_sV[count:] = 0.0\n", "", "test_packing.py::test_an_output_layer_with_a_bias_learns_it"),
     ("large products in the heap", "meml_lib/training/head.py", "if own else None", "if False else None", "test_packing.py::test_large_products_have_pages_of_their_own_and_the_same_numbers"),
+    ("a block is handed on while it is read", PAGES, "weakref.finalize(numbers, _free.append, block).atexit = False", "_free.append(block)", f"{KEPT}what_is_let_go_is_handed_on_and_what_is_read_is_not"),
+    ("a block goes back to the system", PAGES, "_free.append, block", "len, block", f"{KEPT}what_is_let_go_is_handed_on_and_what_is_read_is_not"),
+    ("blocks that are too small pile up", PAGES, "max(_free, key=len, default=None)", "None", f"{KEPT}the_least_block_that_is_large_enough_is_taken_and_one_that_is_too_small_replaced"),
     ("a gradient is never scaled", "meml_lib/training/head.py", "grad.device.type == \"cpu\" and grad.item() == 1.0", "True", "test_packing.py::test_a_pass_is_scaled_by_what_its_result_is"),
     ("all layers in one call: rows that left stay", "meml_lib/rollouts/decoder.py", "        self._own = [(k[kept], v[kept]) for k, v in self._own]\n        self._layers = self._in_one_call()\n", "        self._own = [(k[kept], v[kept]) for k, v in self._own]\n", "test_rollouts.py::test_a_step_is_one_call_where_it_can_be"),
     ("all layers in one call: never", "meml_lib/rollouts/decoder.py", "if plain and len(kinds) == 1", "if False and len(kinds) == 1", "test_rollouts.py::test_a_step_is_one_call_where_it_can_be"),

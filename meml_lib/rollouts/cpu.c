@@ -272,7 +272,7 @@ int64_t has_tiles(void)
 }
 
 #ifdef TILES
-#define TILE 16  /* rows of a tile, and outputs of another */
+#define TILE 16  /* rows of a tile, and outputs of another: as many as a vector of AVX-512 has sums */
 #define DEPTH 32 /* bfloat16 numbers that they meet in */
 #define AHEAD 4096 /* numbers; a matrix comes from memory, faster when asked for so early */
 
@@ -300,6 +300,8 @@ void lay_tiles(const uint16_t *weight, const int64_t *line, const float *rows, c
     }
 }
 
+/* sum = up to 32 rows of x times a block of 32 outputs; `first` asks memory for what follows the block. Two ways:
+   tiles of 16 rows (AMX), or a pair of inputs of each row against 16 outputs (AVX-512). */
 #ifdef AMX
 static const struct {
     uint8_t palette, start, reserved[14];
@@ -362,7 +364,7 @@ INLINE void multiply_rows(const uint16_t *a, const uint16_t *w, float (*sum)[2 *
 static void multiply(const uint16_t *a, const uint16_t *w, float (*sum)[2 * TILE], long rows, long deep, int first)
 {
     for (long r = 0; r < rows; r += MOST, a += MOST * deep * DEPTH, sum += MOST, first = 0)
-        switch ((rows - r + 3) / 4) { /* x has whole tiles of rows */
+        switch ((rows - r + 3) / 4) { /* x has whole tiles of rows, and so these too */
             case 1: multiply_rows(a, w, sum, deep, first, 4); break;
             case 2: multiply_rows(a, w, sum, deep, first, 8); break;
             default: multiply_rows(a, w, sum, deep, first, MOST);
