@@ -100,7 +100,10 @@ def test_a_line_is_one_write_with_its_end_for_jobs_share_a_pipe(tmp_path):
     unbuffered = os.environ | {"PYTHONUNBUFFERED": "1"}
     subprocess.run([sys.executable, "-c", says], stdout=writing, env=unbuffered, cwd=light.HERE.parent, check=True)
     with reading, writing:
+        reading.setblocking(False)
         assert reading.recv(4096) == b"[05_report] done in 1.9 s\n"
+        with pytest.raises(BlockingIOError):
+            reading.recv(4096)
 
 
 def test_a_misspelt_parameter_fails_in_the_first_cells(project):

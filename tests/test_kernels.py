@@ -156,7 +156,7 @@ def test_a_norm_is_torchs(shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 5, 6, 13, 16, 17, 96])
+@pytest.mark.parametrize("rows", [1, 5, 6, 12, 13, 16, 17, 27, 45, 96])
 @pytest.mark.parametrize(("inputs", "outputs"), [(96, 288), (33, 32), (8, 157), (20, 5)])
 @pytest.mark.parametrize("epsilon", [None, 1e-5])
 def test_a_product_is_torchs_normed_gated_or_added(rows, inputs, outputs, epsilon, dtype):
@@ -178,6 +178,19 @@ def test_a_product_is_torchs_normed_gated_or_added(rows, inputs, outputs, epsilo
         gated = kind(weight, bias, epsilon, gated=True)(x)
         close["atol"] *= 1 if dtype == torch.float32 else 10  # what is multiplied has two errors, and the other's size
         torch.testing.assert_close(gated, torch.nn.functional.silu(gate) * up, **close)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 27, 45])
+def test_a_product_is_the_same_with_amx_and_without(rows):
+    if cpu.library().tiles < 2:
+        pytest.skip("no AMX")
+    x, product = torch.randn(rows, 70), cpu.TileProduct(torch.randn(90, 70).bfloat16(), None, 1e-5, gated=False)
+    with_amx = product(x)
+    try:
+        assert cpu.library().way_of_tiles(1) == 1
+        torch.testing.assert_close(product(x), with_amx, atol=1e-4, rtol=1e-4)
+    finally:
+        assert cpu.library().way_of_tiles(2) == 2
 
 
 @pytest.mark.parametrize("given", [("columns",), ("rows",), ("order",), ("columns", "rows", "order")])

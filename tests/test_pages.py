@@ -6,13 +6,16 @@ import threading
 import pytest
 import torch
 
-from meml_lib.rollouts import pages
+from meml_lib.rollouts import cpu, pages
+from meml_lib.training import head
 
 
 @pytest.fixture(autouse=True)
 def few_bytes(monkeypatch):
     monkeypatch.setattr(pages, "LEAST_BYTES", 8)
-    monkeypatch.setattr(pages, "_free", [])
+    pages._free.cache_clear()
+    yield
+    pages._free.cache_clear()
 
 
 def test_it_is_an_empty_tensor():
@@ -24,11 +27,9 @@ def test_it_is_an_empty_tensor():
     assert pages.empty((7, 0), torch.float32).shape == (7, 0)
 
 
-def test_small_blocks_come_from_the_heap(monkeypatch):
-    monkeypatch.setattr(pages, "LEAST_BYTES", 9)
-    assert pages.empty((2,), torch.float32).untyped_storage().resizable()
-    assert not pages.empty((3,), torch.float32).untyped_storage().resizable()
-    assert pages.LEAST_BYTES == 9 and len(pages._free) == 1
+def test_small_blocks_come_from_the_heap():
+    assert pages.empty((1,), torch.float32).untyped_storage().resizable()
+    assert not pages.empty((2,), torch.float32).untyped_storage().resizable()
 
 
 def test_what_is_let_go_is_handed_on_and_what_is_read_is_not():
@@ -39,22 +40,25 @@ def test_what_is_let_go_is_handed_on_and_what_is_read_is_not():
     third = pages.empty((1000,), torch.float32)
     assert third.data_ptr() not in places
     del part
-    fourth = pages.empty((10, 50), torch.bfloat16)
+    fourth = pages.empty((20, 55), torch.bfloat16)  # of more than half its size
     assert fourth.data_ptr() == places[0]
     assert len({x.data_ptr() for x in (second, third, fourth)}) == 3
 
 
-def test_the_least_block_that_is_large_enough_is_taken_and_one_that_is_too_small_replaced():
-    sizes = (5000, 2000, 3000)
-    blocks = {size: pages.empty((size,), torch.uint8) for size in sizes}
-    place = {size: block.data_ptr() for size, block in blocks.items()}
-    blocks.clear()
-    medium = pages.empty((2001,), torch.uint8)
-    assert medium.data_ptr() == place[3000]
-    large = pages.empty((6000,), torch.uint8)  # the largest free block is given back
-    assert [len(block) for block in pages._free] == [2000]
-    del medium, large
-    assert sorted(map(len, pages._free)) == [2000, 3000, 6000]
+def test_a_block_serves_what_needs_more_than_half_of_it():
+    place = pages.empty((2048,), torch.uint8).data_ptr()
+    for size in (1025, 1500, 2048):
+        assert pages.empty((size,), torch.uint8).data_ptr() == place
+    held = pages.empty((1024,), torch.uint8), pages.empty((2049,), torch.uint8)
+    assert place not in [x.data_ptr() for x in held] and pages.empty((2000,), torch.uint8).data_ptr() == place
+
+
+def test_of_each_size_so_much_is_kept_and_one_at_least(monkeypatch):
+    monkeypatch.setattr(pages, "KEPT_BYTES", 4096)
+    for size, kept in ((1024, 4), (4096, 1), (8192, 1)):
+        blocks = [pages.empty((size,), torch.uint8) for _ in range(6)]
+        blocks.clear()
+        assert len(pages._free(size)) == kept
 
 
 def test_a_block_may_be_let_go_in_another_thread():
@@ -76,3 +80,22 @@ def test_a_system_may_have_no_huge_pages(error, monkeypatch):
     if error is None:
         monkeypatch.delattr(mmap, "MADV_HUGEPAGE")
     assert pages.empty((100,), torch.float32).zero_().sum() == 0
+
+
+@pytest.mark.parametrize("bias", [None, torch.arange(40.0)])
+def test_a_product_does_not_read_what_its_block_held(bias):
+    a, b = torch.randn(30, 7), torch.randn(7, 40)
+    place = pages.empty((30, 40), torch.float32).fill_(torch.nan).data_ptr()
+    found = head._product(a, b, bias)
+    assert found.data_ptr() == place and not found.isnan().any()
+    torch.testing.assert_close(found, a @ b + (0.0 if bias is None else bias))
+
+
+def test_nor_does_a_matrix_in_tiles():
+    if not cpu.multiplies(torch.bfloat16):
+        pytest.skip("the processor does not multiply bfloat16, or the compiler does not know how")
+    weight, x = torch.randn(33, 33).bfloat16(), torch.randn(3, 33)
+    wanted = cpu.TileProduct(weight, None, None, gated=False)(x)
+    place = pages.empty((2, 2, 2, 16, 16, 2), torch.bfloat16).fill_(torch.nan).data_ptr()
+    product = cpu.TileProduct(weight, None, None, gated=False)
+    assert product.places[0] == place and product(x).equal(wanted) and not wanted.isnan().any()

@@ -265,8 +265,9 @@ class _Lines:
 
 
 def _say(job: graph.Job, text: str) -> None:
-    # In one write: jobs share one pipe, and unbuffered (PYTHONUNBUFFERED) print writes the line's end by itself.
-    print(f"[{job.name}] {text}\n", end="", flush=True)
+    # In one write: jobs share a pipe, and unbuffered (PYTHONUNBUFFERED) print writes the line's end by itself.
+    sys.stdout.write(f"[{job.name}] {text}\n")
+    sys.stdout.flush()
 
 
 def _failed_since(job: graph.Job, file: Path) -> bool:

@@ -3,14 +3,14 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#define TILES
 #if defined(__AMX_BF16__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #define AMX
 #endif
-#if defined(AMX) || defined(__AVX512BF16__)
-#include <immintrin.h>
-#define TILES
 #endif
 
 #ifdef __AVX512F__
@@ -259,11 +259,16 @@ void product(const float *x, const float *panels, const float *bias, float *out,
     product_together(x, panels, bias, out, rows, inputs, outputs, epsilon, add, gated);
 }
 
-/* Whether `tile_product` works: the processor multiplies bfloat16, and the system lets this process use what does. */
-int64_t has_tiles(void)
+#ifdef AMX
+static int amx;
+#endif
+
+/* How `tile_product` works from now on: 2 by AMX, if wanted and the system lets this process use it, 1 without, 0 not at all. */
+int64_t way_of_tiles(int64_t wanted)
 {
 #ifdef AMX
-    return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tiles' data */) == 0;
+    amx = wanted == 2 && syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tiles' data */) == 0;
+    return 1 + amx;
 #elif defined(TILES)
     return 1;
 #else
@@ -300,8 +305,9 @@ void lay_tiles(const uint16_t *weight, const int64_t *line, const float *rows, c
     }
 }
 
-/* sum = up to 32 rows of x times a block of 32 outputs; `first` asks memory for what follows the block. Two ways:
-   tiles of 16 rows (AMX), or a pair of inputs of each row against 16 outputs (AVX-512). */
+/* sum = up to 32 rows of x times a block of 32 outputs, of which there are 16 rows' or 32 rows' places; `first`: memory is asked
+   for what is AHEAD, which later rows find in the caches. Two ways: in tiles of 16 rows (AMX), or a pair of inputs of a row
+   against 16 outputs at a time (AVX-512). */
 #ifdef AMX
 static const struct {
     uint8_t palette, start, reserved[14];
@@ -309,7 +315,7 @@ static const struct {
     uint8_t rows[16];
 } EIGHT_TILES = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
-static void multiply(const uint16_t *a, const uint16_t *w, float (*sum)[2 * TILE], long rows, long deep, int first)
+static void multiply_tiles(const uint16_t *a, const uint16_t *w, float (*sum)[2 * TILE], long rows, long deep, int first)
 {
     const long row = deep * DEPTH;
     const uint16_t *below = a + (rows > TILE ? TILE * row : 0);
@@ -334,7 +340,8 @@ static void multiply(const uint16_t *a, const uint16_t *w, float (*sum)[2 * TILE
     _tile_stored(2, sum[TILE], sizeof *sum);
     _tile_stored(3, sum[TILE] + TILE, sizeof *sum);
 }
-#else
+#endif
+
 #define MOST 12 /* rows whose sums stay in registers */
 
 INLINE void multiply_rows(const uint16_t *a, const uint16_t *w, float (*sum)[2 * TILE], long deep, int first, const int rows)
@@ -363,14 +370,21 @@ INLINE void multiply_rows(const uint16_t *a, const uint16_t *w, float (*sum)[2 *
 
 static void multiply(const uint16_t *a, const uint16_t *w, float (*sum)[2 * TILE], long rows, long deep, int first)
 {
-    for (long r = 0; r < rows; r += MOST, a += MOST * deep * DEPTH, sum += MOST, first = 0)
-        switch ((rows - r + 3) / 4) { /* x has whole tiles of rows, and so these too */
-            case 1: multiply_rows(a, w, sum, deep, first, 4); break;
-            case 2: multiply_rows(a, w, sum, deep, first, 8); break;
-            default: multiply_rows(a, w, sum, deep, first, MOST);
-        }
-}
+#ifdef AMX
+    if (amx) {
+        multiply_tiles(a, w, sum, rows, deep, first);
+        return;
+    }
 #endif
+    for (long r = 0; r < rows; r += MOST, first = 0) {
+        const uint16_t *own = a + r * deep * DEPTH;
+        switch ((rows - r + 3) / 4) { /* places of rows come in whole tiles */
+            case 1: multiply_rows(own, w, sum + r, deep, first, 4); break;
+            case 2: multiply_rows(own, w, sum + r, deep, first, 8); break;
+            default: multiply_rows(own, w, sum + r, deep, first, MOST);
+        }
+    }
+}
 
 /* `product` of a bfloat16 matrix; x is rounded to bfloat16 after its norm.
    narrow: room for x, rows and inputs in whole tiles. tiles: W as [M / 32, K / 32, 2, 16, 16, 2]: of 32 outputs and 32 inputs
@@ -390,7 +404,7 @@ static void tile_product_together(const float *x, uint16_t *narrow, const uint16
     float sum[2 * TILE][2 * TILE]; /* of so many rows so many outputs */
 #ifdef AMX
     __asm__ volatile("" ::: "memory"); /* tiles are loaded unseen by the compiler, which must have written x by now */
-    _tile_loadconfig(&EIGHT_TILES);
+    if (amx) _tile_loadconfig(&EIGHT_TILES);
 #endif
 #pragma omp for
     for (long b = 0; b < count; b++)
@@ -408,7 +422,7 @@ static void tile_product_together(const float *x, uint16_t *narrow, const uint16
             }
         }
 #ifdef AMX
-    _tile_release();
+    if (amx) _tile_release();
 #endif
 }
 

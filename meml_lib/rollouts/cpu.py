@@ -96,7 +96,7 @@ def serves(device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
 
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether `Product` (float32) or `TileProduct` (bfloat16) takes a matrix of this dtype here."""
-    return dtype == torch.float32 or dtype == torch.bfloat16 and bool(library().has_tiles())
+    return dtype == torch.float32 or dtype == torch.bfloat16 and library().tiles > 0
 
 
 def gates(outputs: int) -> bool:
@@ -106,8 +106,9 @@ def gates(outputs: int) -> bool:
 
 def _loaded(file: str | Path) -> ctypes.CDLL:
     found = ctypes.CDLL(str(file))
+    found.tiles = found.way_of_tiles(2)
     for name, kinds in _ARGUMENTS.items():
-        if "tile" in name and not found.has_tiles():
+        if "tile" in name and not found.tiles:
             continue
         types = {"i": ctypes.c_int64, "d": ctypes.c_double}
         getattr(found, name).argtypes = [types.get(kind, ctypes.c_void_p) for kind in kinds]
@@ -247,8 +248,8 @@ class Product:
 
 
 class TileProduct(Product):
-    """The same of a bfloat16 matrix, where `multiplies(bfloat16)`. It is laid out so that up to 32 rows read it once, from end to
-    end; x is rounded to bfloat16 for it.
+    """The same of a bfloat16 matrix, where `multiplies(bfloat16)`. It is laid out so that it comes from memory once for up
+    to 32 rows, from end to end; x is rounded to bfloat16 for it.
 
     Args:
       bias: as it is added: multiplied, and in order.

@@ -1,4 +1,4 @@
-"""Large blocks of a CPU's memory in pages of their own, each kept for the next that is not larger.
+"""Large blocks of a CPU's memory in pages of their own, kept for the next of about their size.
 
 In the heap, blocks that are a little larger or smaller each time leave holes that the next one does not fit into. Given back to
 the system, each has to be fetched again, and not only from the kernel, which would be quick with huge pages: many virtual
@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 import mmap
 import weakref
+from collections import deque
 from contextlib import suppress
+from functools import cache
 
 import numpy as np
 import torch
@@ -18,23 +20,28 @@ from torch import Tensor
 
 LEAST_BYTES = 2**24
 """Smaller blocks come from the heap, which fills its holes with them."""
+KEPT_BYTES = 2**28
+"""Of blocks of one size that nobody has, if there are several: what an update takes, not all that a large sampler had."""
 
-_free: list[mmap.mmap] = []
+
+@cache
+def _free(size: int) -> deque[mmap.mmap]:
+    return deque(maxlen=max(1, KEPT_BYTES // size))
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """As `torch.empty`, on a CPU."""
-    size = math.prod(shape) * dtype.itemsize
-    if size < LEAST_BYTES:
+    needed = math.prod(shape) * dtype.itemsize
+    if needed < LEAST_BYTES:
         return torch.empty(shape, dtype=dtype, device="cpu")
-    fitting = [block for block in _free if len(block) >= size]
-    block = min(fitting, key=len) if fitting else max(_free, key=len, default=None)
-    if block is not None:
-        _free.remove(block)
-    if block is None or len(block) < size:  # the largest that is free is too small, and goes
+    size = 1 << (needed - 1).bit_length()  # pages that nobody writes take no memory
+    free = _free(size)
+    try:
+        block = free.pop()
+    except IndexError:
         block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with suppress(AttributeError, OSError):  # a system may know no huge pages
             block.madvise(mmap.MADV_HUGEPAGE)
     numbers = np.frombuffer(block, np.uint8)  # what tensors hold on to, and goes with the last of them
-    weakref.finalize(numbers, _free.append, block).atexit = False
-    return torch.from_numpy(numbers)[:size].view(dtype).view(shape)
+    weakref.finalize(numbers, free.append, block).atexit = False
+    return torch.from_numpy(numbers)[:needed].view(dtype).view(shape)

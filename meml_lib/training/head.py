@@ -182,6 +182,7 @@ class _InSlabs(torch.autograd.Function):
                 grad_weight = _plus(grad_weight, _product(grad_sV.T, x_sF))
             if ctx.needs_input_grad[2]:
                 grad_bias = _plus(grad_bias, grad_sV.sum(0))
+            del grad_sV, logits_cV  # before the next slab
         ctx.save_for_backward(grad_x, grad_weight, grad_bias)
         ctx.dtype = None if weight_VF is None else weight_VF.dtype
         return total
