@@ -335,6 +335,27 @@ def test_an_updates_norm_and_its_gradients_are_torchs(dtype, shape):
     assert cpu.norm(aside, weight.to(dtype), 1e-5)[0].equal(found[0])
 
 
+ADAMW = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize("shape", [(5,), (3, 4097), (300, 41)])
+def test_a_step_of_adamw_is_torchs(dtype, shape):
+    draw = torch.Generator().manual_seed(0)
+    master = torch.nn.Parameter(torch.randn(shape, generator=draw))
+    own, moments = master.detach().clone(), [torch.zeros(shape), torch.zeros(shape)]
+    weight, optimizer = own.to(dtype), torch.optim.AdamW([master], fused=True, **ADAMW)
+    for step in (1, 2, 3, 4):
+        grad = (10.0 ** (step - 3) * torch.randn(shape, generator=draw)).to(dtype)
+        master.grad = grad.float() * 0.3
+        optimizer.step()
+        cpu.adamw(weight, grad, own, *moments, step=step, share=0.3, **ADAMW)
+        torch.testing.assert_close(own, master.detach(), rtol=1e-6, atol=1e-7)
+        assert weight.equal(own.to(dtype))
+    for found, name in zip(moments, ("exp_avg", "exp_avg_sq"), strict=True):
+        torch.testing.assert_close(found, optimizer.state[master][name], rtol=1e-5, atol=1e-8)
+
+
 @pytest.mark.parametrize("dtype", CLOSE)
 @pytest.mark.parametrize("shape", [(1, 5), (2, 37, 48), (1, 700, 96)])
 def test_a_gate_and_its_gradients_are_torchs(dtype, shape):
@@ -436,6 +457,7 @@ def test_what_c_could_not_read_is_refused():
         "gate": lambda: cpu.gate(wide, narrow),
         "gate_back": lambda: cpu.gate_back(narrow, wide, wide),
         "score_back": lambda: cpu.score_back(narrow, torch.arange(3), torch.zeros(3), torch.zeros(2)),
+        "adamw": lambda: cpu.adamw(wide, wide, wide, wide, narrow, step=1, share=1.0, **ADAMW),
     }.items():
         with pytest.raises(ValueError, match=rf"cpu.{name}: .* and .* do not match"):
             call()

@@ -188,6 +188,26 @@ def test_how_many_weights_the_optimiser_takes_at_a_time_changes_nothing(policy, 
     assert ends[0][3] == 1 < ends[1][3] < ends[2][3] == rows_of_embedding
 
 
+@pytest.mark.parametrize("limit", [None, 0.01])
+def test_a_step_in_one_sweep_is_the_optimisers_own(policy, rows, monkeypatch, limit):
+    policy.model.to(torch.bfloat16)
+    ends, params = [], ADAMW.model_copy(update={"max_grad_norm": limit, "decay": "linear", "weight_decay": 0.1})
+    for sweeps in (True, False):
+        learner = learner_of(policy, params=params)
+        own, swept = Learner._sweep, []
+        monkeypatch.setattr(Learner, "_sweep", lambda *given, own=own, swept=swept: swept.append(1) or own(*given))
+        if not sweeps:
+            monkeypatch.setattr(Learner, "_sweeps", lambda _: False)
+        for _ in range(4):
+            learner.update([part(rows)])
+        assert bool(swept) == sweeps
+        ends.append(learner.state())
+    for mine, theirs in zip(ends[0][:2], ends[1][:2], strict=True):
+        assert mine.keys() == theirs.keys()
+        assert all(torch.allclose(theirs[name], value, rtol=1e-4, atol=1e-7) for name, value in mine.items())
+    assert all(ends[0].moments[name] == 4 for name in ends[0].moments if name.endswith(".step"))
+
+
 @pytest.mark.parametrize(("decay", "late"), [("constant", 1.0), ("linear", 0.25), ("cosine", 0.1464)])
 def test_schedule_warms_up_then_decays(decay, late):
     params = ADAMW.model_copy(update={"warmup_steps": 4, "decay": decay})

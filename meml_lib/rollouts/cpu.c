@@ -676,3 +676,25 @@ void square_sums(const void *x, double *sums, int64_t parts, int64_t numbers, in
         sums[part] = sum;
     }
 }
+
+INLINE void adamw_share(void *weight, const void *grad, float *master, float *mean, float *square, long from, long end, float share,
+                        float decay, float beta1, float beta2, float length, float unbiased, float epsilon, const int half)
+{
+#pragma omp simd /* no tensor overlaps another */
+    for (long i = from; i < end; i++) {
+        const float g = get(grad, i, half) * share;
+        mean[i] += (g - mean[i]) * (1.0f - beta1);
+        square[i] = square[i] * beta2 + g * g * (1.0f - beta2);
+        master[i] = master[i] * decay - length * mean[i] / (sqrtf(square[i]) * unbiased + epsilon);
+        put(weight, i, master[i], half);
+    }
+}
+
+void adamw(void *weight, const void *grad, float *master, float *mean, float *square, int64_t count, double share, double decay,
+           double beta1, double beta2, double length, double unbiased, double epsilon, int64_t half, int64_t threads)
+{
+#pragma omp parallel for num_threads(threads)
+    for (long i = 0; i < count; i += SHARE)
+        FOR_BOTH(adamw_share, weight, grad, master, mean, square, i, i + SHARE < count ? i + SHARE : count, share, decay, beta1, beta2,
+                 length, unbiased, epsilon);
+}

@@ -50,6 +50,7 @@ _ARGUMENTS = {
     "score": "ALFFiiii",
     "score_back": "ALFFiiii",
     "square_sums": "ADiiii",
+    "adamw": "AAFFFidddddddii",
 }
 """Of each function of cpu.c: tensors (F: float32, B: bfloat16, D: float64, L: int64, A: either of the first two, all of the
 same), i: int64, d: double. The last is the number of threads; where there are A, whether they are bfloat16 comes before it."""
@@ -106,6 +107,7 @@ def gates(outputs: int) -> bool:
 
 def _loaded(file: str | Path) -> ctypes.CDLL:
     found = ctypes.CDLL(str(file))
+    found.way_of_tiles.argtypes = [ctypes.c_int64]
     found.tiles = found.way_of_tiles(2)
     for name, kinds in _ARGUMENTS.items():
         if "tile" in name and not found.tiles:
@@ -414,3 +416,25 @@ def square_sum(x: Tensor) -> float:
     sums = torch.empty(torch.get_num_threads(), dtype=torch.float64, device="cpu")
     _run("square_sums", x.contiguous(), sums, len(sums), x.numel())
     return sums.sum().item()
+
+
+def adamw(
+    weight: Tensor,
+    grad: Tensor,
+    master: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    *,
+    step: int,
+    share: float,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """A step of `torch.optim.AdamW`, in place; its number begins at 1. Args: weight: becomes the rounded master. grad: taken share
+    times. master, mean, square: float32 weights and moments."""
+    _match("adamw", weight.shape, grad.shape, master.shape, mean.shape, square.shape)
+    length, unbiased = lr / (1.0 - betas[0] ** step), (1.0 - betas[1] ** step) ** -0.5
+    how = share, 1.0 - lr * weight_decay, *betas, length, unbiased, eps
+    _run("adamw", weight, grad.contiguous(), master, mean, square, master.numel(), *map(float, how))

@@ -249,8 +249,12 @@ class Learner:
             raise FloatingPointError(f"gradient norm is {grad_norm}; no step was taken. Try a lower lr or float32")
         limit = self.params.max_grad_norm
         share = 1.0 if limit is None else min(1.0, limit / (grad_norm + 1e-6))
+        sweeps = self._sweeps()
         for optimizer, pieces in self._optimizers:
             optimizer.param_groups[0]["lr"] = self.lr
+            if sweeps and isinstance(optimizer, torch.optim.AdamW):
+                self._sweep(optimizer, pieces, share)
+                continue
             for piece in pieces:
                 if (grad := self._weights[piece.name].grad) is not None:
                     grad = piece.of(grad).float()
@@ -264,6 +268,23 @@ class Learner:
                         piece.of(weight).copy_(piece.master)
         self.model.zero_grad()
         return grad_norm
+
+    def _sweeps(self) -> bool:
+        """Whether a step of AdamW's is one loop of C: torch's takes float32 gradients, and leaves the weights to be rounded."""
+        weights = self._weights.values()
+        copied = all(weight.dtype == torch.bfloat16 and cpu.serves(weight.device, weight.dtype) for weight in weights)
+        return copied and not sharding.is_sharded(self.model)
+
+    def _sweep(self, optimizer: torch.optim.AdamW, pieces: Sequence[_Piece], share: float) -> None:
+        options = optimizer.param_groups[0]
+        for piece in pieces:
+            weight = self._weights[piece.name]
+            if weight.grad is not None:
+                state = optimizer.state[piece.master]
+                state["step"] += 1
+                tensors = piece.of(weight.detach()), piece.of(weight.grad), piece.master, state["exp_avg"], state["exp_avg_sq"]
+                how = {name: options[name] for name in ("lr", "betas", "eps", "weight_decay")}
+                cpu.adamw(*tensors, step=int(state["step"]), share=share, **how)
 
     def _grad_norm(self) -> float:
         grads = [sharding.local(weight.grad).flatten() for weight in self._weights.values() if weight.grad is not None]
