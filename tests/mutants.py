@@ -79,6 +79,7 @@ MUTANTS = [  # what is broken, file, text, its replacement, the test that must f
     ("a tied weight's rows are summed in bfloat16", TIED, "grad.flatten(0, -2).float()", "grad.flatten(0, -2)", "test_tied.py::test_a_word_that_is_looked_up_a_thousand_times_is_summed_in_float32"),
     ("compiled: keys in bfloat16 are cut, not rounded", CPU, "put(own_k, k + (at / LANES * size + d) * LANES + at % LANES, turned[d], half)", "put(own_k, k + (at / LANES * size + d) * LANES + at % LANES, half ? widened(((union { float r; uint32_t b; }){turned[d]}).b >> 16) : turned[d], half)", f"{KERNELS}keys_and_values_in_bfloat16_are_the_rounded_ones"),
     ("only the last slab trains the output layer", "meml_lib/training/head.py", "return more if total is None else", "return more if True else", "test_packing.py::test_each_part_and_all_together_are_the_plain_ones"),
+    ("turned keys: their gradient is turned on", LEAN, "back=True", "back=False", "test_lean.py::test_turned_in_one_operation_they_are_the_same_numbers"),
     ("AdamW: gradients are not clipped", CPU, "const float g = get(grad, i, half) * share;", "const float g = get(grad, i, half);", f"{KERNELS}a_step_of_adamw_is_torchs"),
     ("AdamW: its step stays the first", "meml_lib/training/learner.py", "state[\"step\"] += 1", "state[\"step\"].fill_(1)", "test_learner.py::test_a_step_in_one_sweep_is_the_optimisers_own"),
     ("no end token to learn", "meml_lib/training/policy.py", "[\"input_ids\"], self.answer_end_id)", "[\"input_ids\"],)", "test_policy.py::test_an_answer_trains_its_end_token_even_where_pad_is_eos"),

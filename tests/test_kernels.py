@@ -9,6 +9,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from meml_lib.rollouts import cpu, native
 
@@ -335,6 +336,20 @@ def test_an_updates_norm_and_its_gradients_are_torchs(dtype, shape):
     assert cpu.norm(aside, weight.to(dtype), 1e-5)[0].equal(found[0])
 
 
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize("shape", [(1, 5, 3, 8), (2, 37, 2, 20), (1, 700, 9, 64)])
+def test_a_rotation_and_its_gradient_are_transformers(dtype, shape):
+    def plain(x):
+        return apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=2)[0]
+
+    angle = torch.randn(*shape[:2], shape[-1] // 2).repeat(1, 1, 2)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    x = torch.randn(shape).to(dtype)
+    wanted, found = plain_and_compiled(plain, lambda grad, x: [cpu.rotate(x, cos, sin), cpu.rotate(grad, cos, sin, back=True)], x)
+    for want, got in zip(wanted, found, strict=True):
+        torch.testing.assert_close(got, want, **({"rtol": 0, "atol": 0} if dtype == torch.bfloat16 else CLOSE[dtype]))
+
+
 ADAMW = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
@@ -457,6 +472,7 @@ def test_what_c_could_not_read_is_refused():
         "gate": lambda: cpu.gate(wide, narrow),
         "gate_back": lambda: cpu.gate_back(narrow, wide, wide),
         "score_back": lambda: cpu.score_back(narrow, torch.arange(3), torch.zeros(3), torch.zeros(2)),
+        "rotate": lambda: cpu.rotate(torch.ones(3, 2, 9), narrow, narrow),
         "adamw": lambda: cpu.adamw(wide, wide, wide, wide, narrow, step=1, share=1.0, **ADAMW),
     }.items():
         with pytest.raises(ValueError, match=rf"cpu.{name}: .* and .* do not match"):

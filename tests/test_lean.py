@@ -6,8 +6,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.qwen3 import modeling_qwen3
 
 from meml_lib.rollouts import cpu
+from meml_lib.training import lean as lean_module
 from meml_lib.training.lean import lean
 
 SIZES = {
@@ -59,6 +61,17 @@ def test_in_bfloat16_they_are_no_further_from_float32_than_the_plain_ones():
     assert apart[1] < 1.2 * apart[0] < 0.05
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_turned_in_one_operation_they_are_the_same_numbers(kind, monkeypatch):
+    model, turned = model_of(kind).bfloat16(), []
+    rotate = cpu.rotate
+    monkeypatch.setattr(cpu, "rotate", lambda *given, **how: turned.append(1) or rotate(*given, **how))
+    found, _ = gradients(model, lean)
+    assert len(turned) == (2 * 2 * 2 if cpu.serves(model.device, model.dtype) else 0)  # layers, q and k, there and back
+    monkeypatch.setattr(lean_module, "_rotated", lambda plain, *given: plain(*given))
+    assert gradients(model, lean)[0].equal(found)
+
+
 @pytest.mark.parametrize("modules", ["all-linear", ["down_proj"], ["gate_proj", "q_proj"]])
 def test_adapters_learn_as_in_the_plain_model(modules):
     model = get_peft_model(model_of("llama"), LoraConfig(target_modules=modules, r=4, init_lora_weights=False))
@@ -78,7 +91,9 @@ def test_other_activations_and_checkpointed_models_stay_as_they_are():
 
 
 def test_a_model_is_itself_again_also_after_an_error():
-    model = model_of("qwen3")
+    model, rotate = model_of("qwen3"), modeling_qwen3.apply_rotary_pos_emb
     with pytest.raises(KeyError), lean(model):
+        assert modeling_qwen3.apply_rotary_pos_emb is not rotate
         raise KeyError
+    assert modeling_qwen3.apply_rotary_pos_emb is rotate
     assert not [name for name, module in model.named_modules() if "forward" in vars(module)]

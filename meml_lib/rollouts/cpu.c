@@ -513,6 +513,25 @@ void norm_back(const void *grad, const void *x, const void *weight, const float 
             FOR_BOTH(norm_row_back, grad, x, weight, scale, grad_x, grad_weight + part * size, n, size);
 }
 
+INLINE void rotate_token(const void *x, const void *cos, const void *sin, void *y, long t, long heads, long size, float way,
+                         const int half)
+{
+    for (long from = t * heads * size; from < (t + 1) * heads * size; from += size)
+        for (long d = 0; d < size / 2; d++) {
+            const float c = get(cos, t * size + d, half), s = way * get(sin, t * size + d, half);
+            const float left = get(x, from + d, half), right = get(x, from + size / 2 + d, half);
+            put(y, from + d, kept(left * c, half) - kept(right * s, half), half);
+            put(y, from + size / 2 + d, kept(right * c, half) + kept(left * s, half), half);
+        }
+}
+
+void rotate(const void *x, const void *cos, const void *sin, void *y, int64_t tokens, int64_t heads, int64_t size, double way,
+            int64_t half, int64_t threads)
+{
+#pragma omp parallel for num_threads(threads)
+    for (long t = 0; t < tokens; t++) FOR_BOTH(rotate_token, x, cos, sin, y, t, heads, size, way);
+}
+
 #define SHARE 4096 /* numbers that a thread takes at a time */
 
 INLINE void gate_share(const void *gate, const void *up, void *y, long from, long end, const int half)

@@ -45,6 +45,7 @@ _ARGUMENTS = {
     "choose": "FDLFFiidi",
     "norm": "AAAFiidii",
     "norm_back": "AAAFAFiiii",
+    "rotate": "AAAAiiidii",
     "gate": "AAAiii",
     "gate_back": "AAAAAiii",
     "score": "ALFFiiii",
@@ -374,6 +375,16 @@ def norm_back(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[T
     grad_x, sums = torch.empty_like(x), x.new_zeros(torch.get_num_threads(), size, dtype=torch.float32)
     _run("norm_back", grad.contiguous(), x, weight, scale, grad_x, sums, scale.numel(), size)
     return grad_x, sums.sum(0).to(weight.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
+    """Rotary embedding: each head's pairs (d, d + D / 2) of x [.., H, D] turned by their angle; cos, sin: [.., D], whose halves
+    are alike. back: the other way, as a gradient goes."""
+    _match("rotate", (*x.shape[:-2], x.shape[-1]), cos.shape, sin.shape)
+    x, (heads, size) = x.contiguous(), x.shape[-2:]
+    y = torch.empty_like(x)
+    _run("rotate", x, cos.contiguous(), sin.contiguous(), y, x.numel() // (heads * size), heads, size, -1.0 if back else 1.0)
+    return y
 
 
 def gate(gate: Tensor, up: Tensor) -> Tensor:
