@@ -2,6 +2,7 @@
 
 import copy
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -151,6 +152,8 @@ def main(folder: Path) -> None:
         found[name] = whole(learned.model)
     if main_process:
         torch.save(found, folder / "found.pt")
+    accelerator.wait_for_everyone()  # one that leaves would end what the others still gather
+    time.sleep(0.1)  # see `stage`
     accelerator.end_training()
 
 

@@ -56,7 +56,7 @@ def launch(processes: int, script: str, *arguments: str, timeout_s: float) -> No
             end_group(process)
         said.seek(0)
         if process.returncode:
-            raise RuntimeError(said.read()[-3000:])
+            raise RuntimeError(said.read()[-20000:])
 
 
 def run(processes: int, folder: Path, **changed) -> Outcome:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -100,6 +101,8 @@ def main(
     if accelerator.is_main_process:
         found = {"processes": accelerator.num_processes, "told": told, "trained": trained}
         torch.save({"start": start, "weights": weights, "found": json.dumps(found)}, out)
+    accelerator.wait_for_everyone()  # one that leaves would end what the others still gather
+    time.sleep(0.1)  # see `stage`
     accelerator.end_training()
 
 
