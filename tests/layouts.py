@@ -2,7 +2,6 @@
 
 import copy
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from test_riel import ADAMW, SAMPLING  # noqa: E402
 
 from meml_lib import experts, schema, tasks  # noqa: E402
 from meml_lib.rollouts import decoder  # noqa: E402
-from meml_lib.training import losses, mef, policy, sharding  # noqa: E402
+from meml_lib.training import losses, mef, policy, sharding, stage  # noqa: E402
 from meml_lib.training.ask import ask  # noqa: E402
 from meml_lib.training.learner import Learner  # noqa: E402
 from meml_lib.training.keeping import Best  # noqa: E402
@@ -152,9 +151,7 @@ def main(folder: Path) -> None:
         found[name] = whole(learned.model)
     if main_process:
         torch.save(found, folder / "found.pt")
-    accelerator.wait_for_everyone()  # one that leaves would end what the others still gather
-    time.sleep(0.1)  # see `stage`
-    accelerator.end_training()
+    stage.end_together(accelerator)
 
 
 if __name__ == "__main__":

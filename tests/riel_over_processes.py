@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ sys.path.insert(0, "tests")  # beside this file; the project itself is installed
 from test_riel import ADAMW, BUFFER, run_params  # noqa: E402
 
 from meml_lib import experts, schema, tasks  # noqa: E402
-from meml_lib.training import mef, policy, riel, sharding  # noqa: E402
+from meml_lib.training import mef, policy, riel, sharding, stage  # noqa: E402
 from meml_lib.training.buffer import HardExampleBuffer  # noqa: E402
 from meml_lib.training.learner import Learner  # noqa: E402
 
@@ -101,9 +100,7 @@ def main(
     if accelerator.is_main_process:
         found = {"processes": accelerator.num_processes, "told": told, "trained": trained}
         torch.save({"start": start, "weights": weights, "found": json.dumps(found)}, out)
-    accelerator.wait_for_everyone()  # one that leaves would end what the others still gather
-    time.sleep(0.1)  # see `stage`
-    accelerator.end_training()
+    stage.end_together(accelerator)
 
 
 if __name__ == "__main__":

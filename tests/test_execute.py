@@ -93,7 +93,7 @@ def test_a_kernel_opens_no_network_port(project, capsys):
     assert "[00_experts] ipc\n" in capsys.readouterr().out
 
 
-def test_a_line_is_one_write_with_its_end_for_jobs_share_a_pipe(tmp_path):
+def test_a_line_is_one_write_with_its_end_for_jobs_share_a_pipe():
     says = "from types import SimpleNamespace as job; from meml_lib.pipeline import execute\n"
     says += "execute._say(job(name='05_report'), 'done in 1.9 s')"
     reading, writing = socket.socketpair(type=socket.SOCK_DGRAM)  # what is read at once was written at once

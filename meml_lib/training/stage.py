@@ -92,13 +92,18 @@ def run(stage: config.Stage, p: config.Run, on_record: OnRecord | None = None) -
     learned.save(folder.path / "model", write=accelerator.is_main_process)
     if accelerator.is_main_process:
         card.write(folder, stage, p)
+    if p.sampling.engine == "vllm":
+        vllm.stop()
+    end_together(accelerator)
+
+
+def end_together(accelerator: Accelerator) -> None:
+    """End all processes' group: one that leaves earlier would end what the others still gather."""
     accelerator.wait_for_everyone()
     if accelerator.num_processes > 1:
         # A thread of gloo's may not have let go of that yet, for which it needs the interpreter's lock; torch ends the group
         # with the lock held, and waits for the thread: for good.
         time.sleep(0.1)
-    if p.sampling.engine == "vllm":
-        vllm.stop()
     accelerator.end_training()
 
 
